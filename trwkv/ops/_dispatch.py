@@ -1,0 +1,43 @@
+"""Choice of backend: the only reader of the environment and of the device."""
+
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def is_interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the backend that will run; raises with the list of valid ones if the request cannot be met.
+
+    "auto": Triton on a CUDA or ROCm device for float32, bfloat16 and float16; PyTorch everywhere else.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and _HAS_TRITON and dtype != torch.float64 else "torch"
+    if backend == "triton":
+        _require_triton(device, dtype)
+    return backend
+
+
+def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
+    others = "'torch' or 'reference'"
+    if not _HAS_TRITON:
+        raise ValueError(f"backend: 'triton' needs the triton package, which is not installed; use {others}")
+    if dtype == torch.float64:
+        raise TypeError(
+            f"k, v: the 'triton' backend takes float32, bfloat16 or float16; got float64; use {others}"
+        )
+    if device.type != "cuda" and not is_interpreting():
+        raise ValueError(
+            f"backend: 'triton' needs tensors on a GPU (or TRITON_INTERPRET=1 set before the first call, to run "
+            f"the kernels in Triton's interpreter); got tensors on {device.type!r}; use {others} there"
+        )
