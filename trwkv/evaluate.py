@@ -1,0 +1,214 @@
+"""Evaluation with lm-eval (EleutherAI's evaluation harness), which owns the tasks and the metrics.
+
+    results = evaluate(model, tokenizer, ["passages.jsonl", "sciq"])
+    results["passages.jsonl"]  # {"perplexity": ..., "acc": ..., "n": ...}
+
+A task is either a local jsonl file of LAMBADA-like passages (`{"text": ...}` a line, the last word is the
+target) or the name of an lm-eval task, whose data come from the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trwkv.data import check_hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["HUB_TASKS", "check_tasks", "evaluate"]
+
+#: lm-eval's names of the paper's tasks, with lm-eval's folder of each: reading only that saves 20 s.
+HUB_TASKS = {
+    "lambada_openai": "lambada",
+    "arc_easy": "arc",
+    "winogrande": "winogrande",
+    "hellaswag": "hellaswag",
+    "piqa": "piqa",
+    "sciq": "sciq",
+}
+
+_LAMBADA_JSONL = Path(__file__).parent / "tasks" / "lambada_jsonl.yaml"
+_BOOTSTRAP_SAMPLES = 200
+_NO_LONGEST_CONTEXT = 1 << 30
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str | Path],
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    newline_prefix: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Score a causal language model on lm-eval tasks, without few-shot examples.
+
+    The model reads every passage whole, from a fresh state, whatever its training context length was; the
+    result does not depend on `batch_size`. Perplexity is that of the target, `exp(-mean(log p(target |
+    context)))`: per target word, so it can be compared between tokenizers. Accuracy is 1 where greedy
+    decoding gives the target.
+
+    Args:
+        model: a `TemporalRwkvForCausalLM`, or any causal model of transformers, on the device to use.
+        tokenizer: the tokenizer the model was trained with.
+        tasks: jsonl files and names of lm-eval tasks, see the module's docstring.
+        batch_size: requests scored in one pass.
+        limit: use only the first `limit` examples of each task; None uses all.
+        newline_prefix: put a line break before every context, as the paper's evaluation did.
+
+    Returns:
+        For each task, by its file's name (without folder) or its own name, the metrics that lm-eval
+        reports, with their standard errors (`<metric>_stderr`), and the number of examples `n`.
+
+    Raises:
+        ValueError: no task, an unknown task, a malformed file, or data that are not here and cannot be
+            fetched.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected None or at least 1 example, got {limit}")
+    check_tasks(tasks)
+    # lm-eval's bootstrap would fork this process, which is unsafe once torch has threads or a GPU.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    was_training = model.training
+    model.eval()
+    lm = _harness_model(model, tokenizer, batch_size, "\n" if newline_prefix else "")
+    results = {}
+    try:
+        for task in tasks:
+            name, spec, manager = _load_spec(task, TaskManager)
+            report = simple_evaluate(
+                lm,
+                tasks=[spec],
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=_BOOTSTRAP_SAMPLES,
+                log_samples=False,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
+            results[name] = _metrics(report)
+    finally:
+        model.train(was_training)
+    return results
+
+
+def check_tasks(tasks: Sequence[str | Path]) -> None:
+    """Raise ValueError, saying what to do, if one of `tasks` cannot be evaluated here; loads nothing."""
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(f"tasks: expected a list of at least one jsonl file or task name, got {tasks!r}")
+    for task in tasks:
+        if _is_file(task):
+            _check_passages(Path(task))
+        else:
+            if str(task) not in HUB_TASKS:
+                _check_task_name(str(task))
+            check_hub(str(task), "the path of a local jsonl file of passages")
+
+
+def _is_file(task: str | Path) -> bool:
+    return isinstance(task, Path) or Path(task).suffix in (".jsonl", ".json")
+
+
+def _check_passages(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"evaluation file {path} does not exist")
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    for number, line in enumerate(lines, 1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f'{path}, passage {number}: expected {{"text": passage}}, got {line[:60]!r}'
+            ) from None
+        if (
+            not isinstance(text, str)
+            or not text.rpartition(" ")[0].strip()
+            or not text.rpartition(" ")[2].strip()
+        ):
+            raise ValueError(f"{path}, passage {number}: expected a context and a last word, got {text!r}")
+    if not lines:
+        raise ValueError(f"evaluation file {path} holds no passage")
+
+
+def _check_task_name(name: str) -> None:
+    from lm_eval.tasks import TaskManager
+
+    if name not in TaskManager().all_tasks:
+        raise ValueError(
+            f"unknown evaluation task {name!r}: expected a .jsonl file or a task of lm-eval, "
+            f"such as {', '.join(HUB_TASKS)}"
+        )
+
+
+def _load_spec(task: str | Path, manager: Any) -> tuple[str, str | dict[str, Any], Any]:
+    """The task's name in the results, what lm-eval's task manager has to load, and that manager."""
+    if _is_file(task):
+        import yaml
+
+        spec = yaml.safe_load(_LAMBADA_JSONL.read_text(encoding="utf-8"))
+        spec["dataset_kwargs"]["data_files"] = {"test": str(Path(task).resolve())}
+        return Path(task).name, spec, manager(include_defaults=False)
+    name = str(task)
+    if name in HUB_TASKS:
+        import lm_eval.tasks
+
+        folder = Path(lm_eval.tasks.__file__).parent / HUB_TASKS[name]
+        return name, name, manager(include_defaults=False, include_path=str(folder))
+    return name, name, manager()
+
+
+def _metrics(report: Any) -> dict[str, float]:
+    """lm-eval's `{"acc,none": ..., "acc_stderr,none": ...}` of the one task in `report` as `{"acc": ...}`."""
+    ((task, values),) = report["results"].items()
+    metrics = {
+        key.partition(",")[0]: float(value)
+        for key, value in values.items()
+        if "," in key and isinstance(value, (int, float))
+    }
+    return {**metrics, "n": report["n-samples"][task]["effective"]}
+
+
+def _harness_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, prefix: str
+) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class PrefixedLM(HFLM):
+        """lm-eval's wrapper of a transformers model, with `prefix` put before every context."""
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            prefixed = [
+                dataclasses.replace(request, arguments=(prefix + request.args[0], request.args[1]))
+                for request in requests
+            ]
+            return super().loglikelihood(prefixed, disable_tqdm=disable_tqdm)
+
+    log = logging.getLogger("lm_eval.models.huggingface")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that a model instance was passed, which is the purpose here
+    try:
+        return PrefixedLM(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=_NO_LONGEST_CONTEXT,
+            softmax_dtype=torch.float32,
+        )
+    finally:
+        log.setLevel(level)
