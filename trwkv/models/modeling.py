@@ -1,0 +1,389 @@
+"""RWKV-4 with multiple temporal perspectives, in Hugging Face conventions."""
+
+from collections.abc import Iterator, Sequence
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import can_return_tuple
+
+from trwkv import convert
+from trwkv.models.cache import LayerState, TemporalRwkvCache, rows_started
+from trwkv.models.configuration import TemporalRwkvConfig
+from trwkv.models.outputs import ParameterCount, TemporalRwkvCausalLMOutput, TemporalRwkvOutput
+from trwkv.models.padding import padding_first, reorder, token_mask
+from trwkv.models.weights import rwkv4_state, with_rwkv4_weights
+from trwkv.modules import ChannelMixing, PerspectiveSelector, TimeMixing, merge_perspectives
+from trwkv.modules.channel_mixing import CHANNEL_VECTORS
+from trwkv.modules.time_mixing import TIME_VECTORS, orthogonal_weight
+
+
+class TemporalRwkvBlock(GradientCheckpointingLayer):
+    """`x += TimeMixing(LayerNorm(x)); x += ChannelMixing(LayerNorm(x))`; block 0 also owns the LayerNorm
+    before."""
+
+    def __init__(self, config: TemporalRwkvConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        size, eps, P = config.hidden_size, config.layer_norm_epsilon, config.n_perspectives
+        common = {
+            "n_perspectives": P,
+            "perspective_noise": config.perspective_noise,
+            "layer_index": layer_index,
+            "n_layers": config.num_hidden_layers,
+        }
+        if layer_index == 0:
+            self.ln0 = nn.LayerNorm(size, eps=eps)
+        self.ln1 = nn.LayerNorm(size, eps=eps)
+        self.ln2 = nn.LayerNorm(size, eps=eps)
+        self.att = TimeMixing(
+            size,
+            config.attention_hidden_size,
+            perspective_vectors=[name for name in config.perspective_vectors if name in TIME_VECTORS],
+            selector=_selector(config) if config.placement == "layer" and P > 1 else None,
+            backend=config.wkv_backend,
+            **common,
+        )
+        self.ffn = ChannelMixing(
+            size,
+            config.intermediate_size,
+            perspective_vectors=[name for name in config.perspective_vectors if name in CHANNEL_VECTORS],
+            **common,
+        )
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, past_key_values: TemporalRwkvCache | None = None
+    ) -> Tensor:
+        cached = past_key_values is not None
+        state = past_key_values.layers[self.layer_index] if cached else LayerState()
+        attention, attention_shift, wkv = self.att(
+            self.ln1(x),
+            mask=mask,
+            shift_state=state.attention_shift,
+            wkv_state=state.wkv,
+            output_state=cached,
+        )
+        x = x + attention
+        feed_forward, feed_forward_shift = self.ffn(
+            self.ln2(x), mask=mask, shift_state=state.feed_forward_shift, output_state=cached
+        )
+        if cached:
+            past_key_values.layers[self.layer_index] = LayerState(attention_shift, wkv, feed_forward_shift)
+        return x + feed_forward
+
+
+class TemporalRwkvPreTrainedModel(PreTrainedModel):
+    """Initialisation (RWKV-4's own) and what Hugging Face needs to know."""
+
+    config_class = TemporalRwkvConfig
+    base_model_prefix = "rwkv"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TemporalRwkvBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["time_decay", "time_first"]  # noqa: RUF012
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TimeMixing | ChannelMixing | PerspectiveSelector):
+            for tensor, value in module.initial_values():
+                init.copy_(tensor, value)
+        if isinstance(module, TimeMixing | ChannelMixing):
+            module.reset_matrices()
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, -self.config.initializer_range, self.config.initializer_range)
+        elif isinstance(module, TemporalRwkvForCausalLM) and not self.config.tie_word_embeddings:
+            orthogonal_weight(module.head, 0.5)
+
+
+class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
+    """The model without its head. See `TemporalRwkvConfig` for what it can be."""
+
+    def __init__(self, config: TemporalRwkvConfig) -> None:
+        super().__init__(config)
+        self.emb = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(TemporalRwkvBlock(config, i) for i in range(config.num_hidden_layers))
+        self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.has_streams = config.placement == "stream" and config.n_perspectives > 1
+        if self.has_streams:
+            self.selector = _selector(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.emb
+
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        self.emb = embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: TemporalRwkvCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TemporalRwkvOutput:
+        """Run B sequences of T tokens.
+
+        Args:
+            input_ids: [B, T] int64, or instead of it `inputs_embeds` [B, T, C].
+            attention_mask: [B, T], or longer with a cache (the last T columns count): 0 where there is no
+                token. Such places are skipped wherever they are: a row gives the same outputs and state as
+                its tokens alone. Outputs at such places mean nothing.
+            past_key_values: state to continue from; updated in place. After a row's first token a cache
+                allows no more padding in it.
+            use_cache: return the state (default: `config.use_cache`, but not in training).
+
+        Raises:
+            ValueError: neither or both inputs, a mask that does not fit, padding after a cached token.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of them; got both or neither")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:
+                raise ValueError("past_key_values: expected None in training with gradient checkpointing")
+            use_cache = False
+        x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T = x.shape[:2]
+        mask = token_mask(attention_mask, B, T, past_key_values)
+        order = None
+        if mask is not None:
+            order = padding_first(mask)
+            x, mask = reorder(x, order), mask.gather(1, order)
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = TemporalRwkvCache(len(self.blocks))
+        if cache is not None:
+            cache.advance(T, rows_started(mask, B, T, x.device))
+
+        x = self.blocks[0].ln0(x)
+        if self.has_streams:
+            x = x.unsqueeze(2).expand(-1, -1, self.config.n_perspectives, -1)
+        hidden_states = []
+        for block in self.blocks:
+            hidden_states.append(x)
+            x = block(x, mask, past_key_values=cache)
+        x = self.ln_out(x)
+        if self.has_streams:
+            x = merge_perspectives(x, self.selector(x.mean(dim=2)))
+        hidden_states.append(x)
+        if order is not None:
+            inverse = torch.argsort(order, dim=1)
+            hidden_states = [reorder(h, inverse) for h in (hidden_states if output_hidden_states else [x])]
+        return TemporalRwkvOutput(
+            last_hidden_state=hidden_states[-1],
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+
+
+class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
+    """The model with its head. `from_rwkv4` gives an RWKV-4 checkpoint perspectives; `to_rwkv4` writes
+    one."""
+
+    _tied_weights_keys = {"head.weight": "rwkv.emb.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: TemporalRwkvConfig) -> None:
+        super().__init__(config)
+        self.rwkv = TemporalRwkvModel(config)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.rwkv.emb
+
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        self.rwkv.emb = embeddings
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+    def set_output_embeddings(self, head: nn.Linear) -> None:
+        self.head = head
+
+    @classmethod
+    def from_rwkv4(
+        cls,
+        source: str | PathLike,
+        *,
+        n_perspectives: int = 1,
+        placement: str = "layer",
+        perspective_vectors: Sequence[str] | None = None,
+        aggregation: str = "selector",
+        fixed_weights: Sequence[float] | None = None,
+        perspective_noise: float = 0.0,
+        selector_noise: float = 0.0,
+        dtype: torch.dtype | str | None = None,
+        wkv_backend: str = "auto",
+    ) -> "TemporalRwkvForCausalLM":
+        """An RWKV-4 checkpoint with `n_perspectives` perspectives, each a copy of the one it has.
+
+        Without `perspective_noise` the model computes the base's function exactly; but equal perspectives
+        learn apart only through the selector (which starts from small random weights): with any other
+            aggregation, add noise.
+
+        Args:
+            source: see `trwkv.convert.read_rwkv4`, also for what it raises.
+            n_perspectives, placement, perspective_vectors, aggregation, fixed_weights, perspective_noise,
+                selector_noise, wkv_backend: see `TemporalRwkvConfig`.
+            dtype: of the parameters (decay and bonus are float32 always); None is the checkpoint's own.
+        """
+        checkpoint = convert.read_rwkv4(source)
+        config = TemporalRwkvConfig(
+            **checkpoint.settings,
+            n_perspectives=n_perspectives,
+            placement=placement,
+            perspective_vectors=perspective_vectors,
+            aggregation=aggregation,
+            fixed_weights=fixed_weights,
+            perspective_noise=perspective_noise,
+            selector_noise=selector_noise,
+            wkv_backend=wkv_backend,
+        )
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = dtype or convert.checkpoint_dtype(checkpoint.state)
+        return with_rwkv4_weights(cls, config, checkpoint.state, dtype)
+
+    def to_rwkv4(self, path: str | PathLike) -> None:
+        """Write as RWKV-4: an official file if `path` ends in .pth, else a Hugging Face folder. P = 1 only.
+
+        Tensors are written bit for bit in the model's dtype (decay and bonus in float32).
+
+        Raises:
+            ValueError: P > 1, or a LayerNorm epsilon other than RWKV-4's 1e-5.
+        """
+        config = self.config
+        if config.n_perspectives > 1:
+            raise ValueError(
+                f"to_rwkv4: RWKV-4 has one perspective and this model {config.n_perspectives}; "
+                "use save_pretrained"
+            )
+        if config.layer_norm_epsilon != convert.LAYER_NORM_EPSILON:
+            raise ValueError(
+                f"to_rwkv4: expected layer_norm_epsilon {convert.LAYER_NORM_EPSILON}; "
+                f"got {config.layer_norm_epsilon}"
+            )
+        convert.write_rwkv4(
+            path, rwkv4_state(self), {name: getattr(config, name) for name in convert.SETTINGS}
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: TemporalRwkvCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> TemporalRwkvCausalLMOutput:
+        """Logits of the next token, and the loss where `labels` are given.
+
+        The first arguments are those of `TemporalRwkvModel.forward`. With streams the gate mixes the
+        normalised
+        outputs rather than the logits: the same thing, the head being linear, at 1/P of its cost.
+
+        Args:
+            labels: [B, T], as `input_ids` (they are shifted here); -100 is not counted.
+            logits_to_keep: compute the last so many only (0: all), or those at the given positions.
+            num_items_in_batch: divide the loss by this instead of by the labels of this call (Trainer's
+                gradient accumulation).
+        """
+        outputs = self.rwkv(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return TemporalRwkvCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *, is_first_iteration: bool | None = False, **kwargs
+    ) -> dict:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if inputs.get("past_key_values") is not None and not is_first_iteration:
+            inputs["attention_mask"] = None  # the new token is one: no need to look
+        return inputs
+
+    def perspective_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of what perspectives consist of: the vectors named by
+        `config.perspective_vectors`, one
+        row per perspective, and the selectors. With P = 1 those vectors are the base's own."""
+        for name, parameter in self.named_parameters():
+            if _vector_name(name) in self.config.perspective_vectors or "selector." in name:
+                yield name, parameter
+
+    def freeze_base(self, *, train_head: bool = False) -> "TemporalRwkvForCausalLM":
+        """Let only `perspective_parameters()` train, and the head if asked: the paper's recipe. Returns
+        self."""
+        self.requires_grad_(False)
+        for _, parameter in self.perspective_parameters():
+            parameter.requires_grad_(True)
+        self.head.requires_grad_(train_head)
+        return self
+
+    def count_parameters(self) -> ParameterCount:
+        """Count them by what they are for; works on the meta device."""
+        P = self.config.n_perspectives
+        added = 0
+        if P > 1:
+            for name, parameter in self.perspective_parameters():
+                added += parameter.numel() * (1 if "selector." in name else (P - 1) / P)
+        total = sum(parameter.numel() for parameter in self.parameters())
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        base = total - round(added)
+        return ParameterCount(total, base, round(added), 100 * added / base, trainable)
+
+
+def _selector(config: TemporalRwkvConfig) -> PerspectiveSelector:
+    return PerspectiveSelector(
+        config.hidden_size,
+        config.n_perspectives,
+        aggregation=config.aggregation,
+        fixed_weights=config.fixed_weights,
+        noise=config.selector_noise,
+    )
+
+
+def _vector_name(parameter_name: str) -> str:
+    """The configuration's name of a vector: "rwkv.blocks.0.ffn.time_mix_k" is "channel_mix_k"."""
+    *_, module, name = ["", *parameter_name.split(".")]
+    return name.replace("time_mix", "channel_mix") if module == "ffn" else name

@@ -1,0 +1,47 @@
+"""Padding: places without a token, which no state may see."""
+
+import torch
+from torch import Tensor
+
+from trwkv.models.cache import TemporalRwkvCache
+
+
+def token_mask(
+    attention_mask: Tensor | None, batch_size: int, n_tokens: int, cache: TemporalRwkvCache | None
+) -> Tensor | None:
+    """The mask of these tokens as bool [B, T], or None when it leaves nothing out.
+
+    Args:
+        attention_mask: [B, T], or longer with a cache: its last T columns count. 0 where there is no token.
+        batch_size, n_tokens: B and T.
+        cache: a row whose first token it has seen may hold no more padding.
+
+    Raises:
+        ValueError: another shape, or padding after a token the cache has seen.
+    """
+    if attention_mask is None:
+        return None
+    shape, longer = attention_mask.shape, cache is not None
+    if len(shape) != 2 or shape[0] != batch_size or (shape[1] < n_tokens if longer else shape[1] != n_tokens):
+        raise ValueError(
+            f"attention_mask: expected shape [B, T] = {[batch_size, n_tokens]}; got {list(shape)}"
+        )
+    mask = attention_mask[:, shape[1] - n_tokens :].bool()
+    if bool(mask.all()):
+        return None
+    started = None if cache is None else cache.started
+    if started is not None and bool((started.unsqueeze(1) & ~mask).any()):
+        raise ValueError(
+            "attention_mask: padding after a token that past_key_values has seen; pad on the left"
+        )
+    return mask
+
+
+def padding_first(mask: Tensor) -> Tensor:
+    """Order [B, T] of places that puts padding first and then the tokens as they come."""
+    return torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
+
+
+def reorder(x: Tensor, order: Tensor) -> Tensor:
+    """Row b, place t of the result is x[b, order[b, t]]; x [B, T, ...], order [B, T]."""
+    return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), order]

@@ -1,0 +1,112 @@
+"""RWKV-4's channel mixing, its two time mixes one per perspective where asked."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trwkv.modules.time_mixing import orthogonal_weight, perspective_rows, vector_shape
+from trwkv.modules.token_shift import time_mix, token_shift
+
+CHANNEL_VECTORS = ("channel_mix_k", "channel_mix_r")
+
+
+class ChannelMixingOutput(NamedTuple):
+    """Output of `ChannelMixing`, and the state after the last token (None unless asked for)."""
+
+    output: Tensor
+    shift_state: Tensor | None
+
+
+class ChannelMixing(nn.Module):
+    r"""RWKV-4's channel mixing (arXiv 2305.13048, equation 18).
+
+    With x' the previous token and mu the time mixes::
+
+        k = W_k (mu_k x + (1 - mu_k) x')      r alike
+        output = sigmoid(r) * W_v relu(k)^2
+
+    Args:
+        hidden_size: C.
+        intermediate_size: channels of k; None is 4 C.
+        n_perspectives: P. With P > 1 and x of shape [B, T, P, C] every stream goes through the same matrices.
+        perspective_vectors: which of `CHANNEL_VECTORS` (the time mixes of k and r) have one row per
+            perspective.
+        perspective_noise: as in `TimeMixing`.
+        layer_index, n_layers: place in the model, for the initial values.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int | None = None,
+        *,
+        n_perspectives: int = 1,
+        perspective_vectors: Sequence[str] = (),
+        perspective_noise: float = 0.0,
+        layer_index: int = 0,
+        n_layers: int = 1,
+    ) -> None:
+        super().__init__()
+        unknown = set(perspective_vectors) - set(CHANNEL_VECTORS)
+        if unknown:
+            raise ValueError(
+                f"perspective_vectors: expected some of {', '.join(CHANNEL_VECTORS)}; got {sorted(unknown)}"
+            )
+        intermediate_size = intermediate_size or 4 * hidden_size
+        self.n_perspectives = n_perspectives
+        self.perspective_vectors = tuple(perspective_vectors)
+        self.perspective_noise = perspective_noise
+        self.layer_index, self.n_layers = layer_index, n_layers
+        for name in CHANNEL_VECTORS:
+            shape = vector_shape(hidden_size, n_perspectives, name in perspective_vectors)
+            self.register_parameter(name.replace("channel", "time"), nn.Parameter(torch.empty(shape)))
+        self.key = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.receptance = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.value = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def initial_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each vector with the value it starts from: RWKV-4's curve, rows but the first with
+        `perspective_noise`."""
+        height = 1 - self.layer_index / self.n_layers
+        position = torch.arange(self.key.in_features, dtype=torch.float32) / self.key.in_features
+        for parameter in (self.time_mix_k, self.time_mix_r):
+            value = position**height
+            if parameter.ndim == 2:
+                value = perspective_rows(value, self.n_perspectives, self.perspective_noise)
+            yield parameter, value.to(parameter)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """RWKV-4's initialisation: the vectors on their curves, then `reset_matrices`."""
+        for parameter, value in self.initial_values():
+            parameter.copy_(value)
+        self.reset_matrices()
+
+    def reset_matrices(self) -> None:
+        """Value and receptance from zero, key orthogonal."""
+        for linear in (self.value, self.receptance):
+            nn.init.zeros_(linear.weight)
+        orthogonal_weight(self.key)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        shift_state: Tensor | None = None,
+        output_state: bool = False,
+    ) -> ChannelMixingOutput:
+        """Mix over channels; arguments as in `TimeMixing.forward`."""
+        if mask is not None:
+            x = x * mask.reshape(*mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+        shifted = token_shift(x, shift_state)
+        delta = x - shifted
+        k = torch.relu(self.key(time_mix(shifted, delta, self.time_mix_k))).square()
+        r = torch.sigmoid(self.receptance(time_mix(shifted, delta, self.time_mix_r)))
+        return ChannelMixingOutput(r * self.value(k), x[:, -1].clone() if output_state else None)
+
+    def extra_repr(self) -> str:
+        return f"n_perspectives={self.n_perspectives}, perspective_vectors={self.perspective_vectors}"

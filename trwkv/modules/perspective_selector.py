@@ -1,0 +1,108 @@
+"""How P perspectives are merged into one: the weight of each."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+AGGREGATIONS = ("selector", "mean", "fixed", "learned")
+
+
+class PerspectiveSelector(nn.Module):
+    r"""Weights that merge P perspectives; they sum to one over p.
+
+    ========== ======================================== ============ ==================
+    aggregation weights                                  shape        parameters
+    ========== ======================================== ============ ==================
+    selector   softmax_p(W x[t] + b), per token          [B, T, P]    W [P, C], b [P]
+    learned    softmax_p(logits)                         [P]          logits [P]
+    fixed      the given ones                            [P]          none (a buffer)
+    mean       1 / P                                     [P]          none
+    ========== ======================================== ============ ==================
+
+    "Multiple temporal perspectives" (arXiv 2402.02625) names all four; W starts from N(0, 0.01), as in its
+    code, and b and the learned logits from zero, so that training starts close to the mean.
+
+    Args:
+        hidden_size: C, channels of the input the selector looks at.
+        n_perspectives: P.
+        aggregation: one of the above.
+        fixed_weights: P numbers that sum to one; given with "fixed" and only then.
+        noise: standard deviation of Gaussian noise added to the selector's logits while training.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        n_perspectives: int,
+        *,
+        aggregation: str = "selector",
+        fixed_weights: Sequence[float] | None = None,
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_aggregation(aggregation, fixed_weights, n_perspectives)
+        self.n_perspectives = n_perspectives
+        self.aggregation = aggregation
+        self.noise = noise
+        self._fixed = None if fixed_weights is None else list(fixed_weights)
+        if aggregation == "selector":
+            self.gate = nn.Linear(hidden_size, n_perspectives)
+        elif aggregation == "learned":
+            self.logits = nn.Parameter(torch.empty(n_perspectives))
+        elif aggregation == "fixed":
+            self.register_buffer("fixed_weights", torch.empty(n_perspectives))
+        self.reset_parameters()
+
+    def initial_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter and buffer with the value it starts from."""
+        if self.aggregation == "selector":
+            yield self.gate.weight, torch.randn_like(self.gate.weight) * 0.01
+            yield self.gate.bias, torch.zeros_like(self.gate.bias)
+        elif self.aggregation == "learned":
+            yield self.logits, torch.zeros_like(self.logits)
+        elif self.aggregation == "fixed":
+            yield self.fixed_weights, torch.tensor(self._fixed).to(self.fixed_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for tensor, value in self.initial_values():
+            tensor.copy_(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weights for the input x [B, T, C]: [B, T, P] from the selector, [P] from the others; at least
+        float32."""
+        if self.aggregation == "mean":
+            return torch.full((self.n_perspectives,), 1 / self.n_perspectives, device=x.device)
+        if self.aggregation == "fixed":
+            return self.fixed_weights
+        logits = self.gate(x) if self.aggregation == "selector" else self.logits
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.aggregation == "selector" and self.training and self.noise > 0:
+            logits = logits + self.noise * torch.randn_like(logits)
+        return torch.softmax(logits, dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"n_perspectives={self.n_perspectives}, aggregation={self.aggregation!r}, noise={self.noise}"
+
+
+def merge_perspectives(y: Tensor, weights: Tensor) -> Tensor:
+    """`sum_p weights[.., p] y[:, :, p]`: y [B, T, P, C], weights [P] or [B, T, P]; [B, T, C] in y's dtype."""
+    return (weights.unsqueeze(-1).to(y.dtype) * y).sum(dim=2)
+
+
+def check_aggregation(aggregation: str, fixed_weights: Sequence[float] | None, n_perspectives: int) -> None:
+    """Raise ValueError unless the three fit each other."""
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation: expected one of {', '.join(AGGREGATIONS)}; got {aggregation!r}")
+    if (fixed_weights is not None) != (aggregation == "fixed"):
+        raise ValueError(
+            "fixed_weights: expected with aggregation 'fixed' and only then; "
+            f"got {fixed_weights!r} with {aggregation!r}"
+        )
+    if fixed_weights is not None and (
+        len(fixed_weights) != n_perspectives or abs(sum(fixed_weights) - 1) > 1e-6
+    ):
+        raise ValueError(
+            f"fixed_weights: expected {n_perspectives} numbers that sum to 1; got {list(fixed_weights)}"
+        )

@@ -1,0 +1,228 @@
+"""RWKV-4's time mixing under P temporal perspectives."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trwkv.modules.perspective_selector import PerspectiveSelector, merge_perspectives
+from trwkv.modules.token_shift import time_mix, token_shift
+from trwkv.ops import multi_perspective_wkv
+
+TIME_VECTORS = ("time_decay", "time_first", "time_mix_k", "time_mix_v", "time_mix_r")
+
+# A key whose weight exp(k) is zero beside any real one, finite so that the state stays finite, and within
+# float16.
+_MASKED_KEY = -1e4
+
+
+class TimeMixingOutput(NamedTuple):
+    """Output of `TimeMixing`, and the two states after the last token (None unless asked for)."""
+
+    output: Tensor
+    shift_state: Tensor | None
+    wkv_state: Tensor | None
+
+
+class TimeMixing(nn.Module):
+    r"""RWKV-4's time mixing (arXiv 2305.13048, equations 11 to 17), its vectors one per perspective where
+    asked.
+
+    With x' the previous token and mu the time mixes::
+
+        k = W_k (mu_k x + (1 - mu_k) x')      v, r alike
+        y[p] = WKV(k, v; w[p] = -exp(time_decay[p]), u[p] = time_first[p])
+        output = W_o (sigmoid(r) * sum_p weights[p] y[p])
+
+    `time_decay` is the log of the negated log decay per step, `time_first` a bonus in the units of k.
+
+    Two forms:
+
+    * with a `selector`, x is [B, T, C] and the perspectives live inside this layer: merged right after the
+      WKV. k and v are shared by all P, so that P perspectives cost about as much as one, unless "time_mix_k"
+      or "time_mix_v" are among `perspective_vectors`: then that matrix multiplies P inputs ("time_mix_r"
+      likewise for the receptance, and the merge follows the gate).
+    * without one and P > 1, x is [B, T, P, C]: P residual streams side by side, never merged here.
+
+    Args:
+        hidden_size: C.
+        attention_hidden_size: channels A of k, v, r; None is C.
+        n_perspectives: P.
+        perspective_vectors: which of `TIME_VECTORS` have one row per perspective ([P, channels], else
+            [channels]).
+        selector: merges the perspectives; None keeps them apart (or P = 1).
+        perspective_noise: see `initial_values`.
+        layer_index, n_layers: place in the model, for the initial values.
+        backend: of the op.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        attention_hidden_size: int | None = None,
+        *,
+        n_perspectives: int = 1,
+        perspective_vectors: Sequence[str] = (),
+        selector: PerspectiveSelector | None = None,
+        perspective_noise: float = 0.0,
+        layer_index: int = 0,
+        n_layers: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        unknown = set(perspective_vectors) - set(TIME_VECTORS)
+        if unknown:
+            raise ValueError(
+                f"perspective_vectors: expected some of {', '.join(TIME_VECTORS)}; got {sorted(unknown)}"
+            )
+        attention_hidden_size = attention_hidden_size or hidden_size
+        self.n_perspectives = n_perspectives
+        self.perspective_vectors = tuple(perspective_vectors)
+        self.perspective_noise = perspective_noise
+        self.layer_index, self.n_layers = layer_index, n_layers
+        self.backend = backend
+        self.selector = selector
+        for name in TIME_VECTORS:
+            channels = hidden_size if name.startswith("time_mix") else attention_hidden_size
+            shape = vector_shape(channels, n_perspectives, name in perspective_vectors)
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.key = nn.Linear(hidden_size, attention_hidden_size, bias=False)
+        self.value = nn.Linear(hidden_size, attention_hidden_size, bias=False)
+        self.receptance = nn.Linear(hidden_size, attention_hidden_size, bias=False)
+        self.output = nn.Linear(attention_hidden_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def initial_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each vector with the value it starts from: RWKV-4's curves over the channels.
+
+        With P > 1, so that training can tell the perspectives apart, the rows of `time_decay` (where it has
+        rows) are moved apart evenly by -1 .. 1, a factor of e^2 in the decay rate between the slowest and the
+        fastest, and every row of every vector but the first gets `perspective_noise` (see
+        `perspective_rows`).
+        """
+        depth = self.layer_index / max(self.n_layers - 1, 1)  # 0 at the first layer, 1 at the last
+        height = 1 - self.layer_index / self.n_layers  # 1 at the first layer, almost 0 at the last
+        channels, attention_channels = self.key.in_features, self.key.out_features
+        i = torch.arange(attention_channels, dtype=torch.float32)
+        position = torch.arange(channels, dtype=torch.float32) / channels
+        zigzag = 0.5 * ((i + 1) % 3 - 1)
+        values = {
+            "time_decay": -5 + 8 * (i / max(attention_channels - 1, 1)) ** (0.7 + 1.3 * depth),
+            "time_first": math.log(0.3) + zigzag,
+            "time_mix_k": position**height,
+            "time_mix_v": position**height + 0.3 * depth,
+            "time_mix_r": position ** (0.5 * height),
+        }
+        for name, value in values.items():
+            parameter = getattr(self, name)
+            if parameter.ndim == 2:
+                value = perspective_rows(value, self.n_perspectives, self.perspective_noise)
+                if name == "time_decay":
+                    value = value + torch.linspace(-1, 1, self.n_perspectives).unsqueeze(1)
+            yield parameter, value.to(parameter)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """RWKV-4's initialisation: the vectors on their curves, then `reset_matrices`."""
+        for parameter, value in self.initial_values():
+            parameter.copy_(value)
+        self.reset_matrices()
+
+    def reset_matrices(self) -> None:
+        """Key, receptance and output from zero, value orthogonal."""
+        for linear in (self.key, self.receptance, self.output):
+            nn.init.zeros_(linear.weight)
+        orthogonal_weight(self.value)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        shift_state: Tensor | None = None,
+        wkv_state: Tensor | None = None,
+        output_state: bool = False,
+    ) -> TimeMixingOutput:
+        """Mix over time.
+
+        Args:
+            x: [B, T, C], or [B, T, P, C] for P streams.
+            mask: bool [B, T], False where there is no token. Those must come before all tokens of their row,
+                with a fresh state; they then leave the state fresh. Their output means nothing (but is
+                finite).
+            shift_state: x before the first token, [B, C] or [B, P, C]; None at the start of a sequence.
+            wkv_state: the op's state, float32 [B, 3, P, A]; None at the start of a sequence.
+            output_state: return both states after the last token.
+        """
+        if mask is not None:
+            x = x * mask.reshape(*mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+        shifted = token_shift(x, shift_state)
+        delta = x - shifted
+        k = self.key(time_mix(shifted, delta, self.time_mix_k))
+        v = self.value(time_mix(shifted, delta, self.time_mix_v))
+        r = torch.sigmoid(self.receptance(time_mix(shifted, delta, self.time_mix_r)))
+        if mask is not None:
+            k = k.masked_fill(~mask.reshape(*mask.shape, *[1] * (k.ndim - 2)), _MASKED_KEY)
+        if k.ndim != v.ndim:
+            k, v = (
+                z if z.ndim == 4 else z.unsqueeze(2).expand(-1, -1, self.n_perspectives, -1) for z in (k, v)
+            )
+        y, wkv_state = self._wkv(k, v, r, x, wkv_state, output_state)
+        # cloned: a view would keep the whole sequence alive
+        shift_state = x[:, -1].clone() if output_state else None
+        return TimeMixingOutput(self.output(y), shift_state, wkv_state)
+
+    def _wkv(
+        self, k: Tensor, v: Tensor, r: Tensor, x: Tensor, state: Tensor | None, output_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """sigmoid(r) * WKV, merged where there is a selector: [B, T, A], or [B, T, P, A] for streams."""
+        w, u = (
+            z.expand(self.n_perspectives, -1) for z in (-torch.exp(_wide(self.time_decay)), self.time_first)
+        )
+        weights = None if self.selector is None else self.selector(x)
+        merge_after_gate = weights is not None and r.ndim == 4
+        y, state = multi_perspective_wkv(
+            w,
+            u,
+            k,
+            v,
+            weights=None if merge_after_gate else weights,
+            initial_state=state,
+            output_final_state=output_state,
+            backend=self.backend,
+        )
+        if merge_after_gate:
+            return merge_perspectives(r * y, weights), state
+        return r * (y.reshape(r.shape) if weights is None else y), state
+
+    def extra_repr(self) -> str:
+        return f"n_perspectives={self.n_perspectives}, perspective_vectors={self.perspective_vectors}"
+
+
+def vector_shape(channels: int, n_perspectives: int, per_perspective: bool) -> tuple[int, ...]:
+    return (n_perspectives, channels) if per_perspective and n_perspectives > 1 else (channels,)
+
+
+def perspective_rows(value: Tensor, n_perspectives: int, noise: float) -> Tensor:
+    """P copies of a vector [C] as rows [P, C]; rows 1 .. P-1 get Gaussian noise, row 0 stays as it is.
+
+    The noise has the standard deviation `noise * rms(value)`: 0.1 is a tenth of the vector's own size.
+    """
+    rows = value.expand(n_perspectives, -1).clone()
+    if noise > 0:
+        rms = value.float().square().mean().sqrt()
+        rows[1:] += (noise * rms * torch.randn_like(rows[1:], dtype=torch.float32)).to(rows.dtype)
+    return rows
+
+
+def orthogonal_weight(linear: nn.Linear, scale: float = 1.0) -> None:
+    """RWKV-4's orthogonal start: gain sqrt(rows / columns) for a matrix with more rows than columns, else
+    1."""
+    rows, columns = linear.weight.shape
+    nn.init.orthogonal_(linear.weight, gain=scale * math.sqrt(max(rows / columns, 1)))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
