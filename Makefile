@@ -1,0 +1,51 @@
+# Needs git, make and Python 3.10 or newer; everything else goes into .venv.
+PYTHON ?= python3
+PYTEST_WORKERS ?= 2
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test lint types unit format benchmark clean
+
+help:
+	@echo "make demo       fine-tune perspectives on embedded data and print where the results lie"
+	@echo "make test       lint, type check and tests (what continuous integration runs)"
+	@echo "make lint       ruff, its linter and its formatter"
+	@echo "make types      mypy"
+	@echo "make unit       pytest, without the tests marked slow"
+	@echo "make format     rewrite the code as ruff wants it"
+	@echo "make benchmark  throughput of the op on this machine"
+	@echo "make clean      remove .venv and caches"
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/finetune_lambada.py
+
+test: lint types unit
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow"
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(INSTALLED)
+	$(BIN)/python benchmarks/throughput.py
+
+# Installed again whenever the requirements change.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
+	"trwkv needs Python 3.10 or newer; this is %s. Choose another: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
