@@ -54,4 +54,6 @@ def test_importing_the_ops_costs_little_more_than_torch():
         seconds.append(float(run_python(IMPORT_SECONDS)))
         if min(seconds) < MAX_IMPORT_SECONDS:
             return
-    pytest.fail(f"import trwkv.ops took {min(seconds):.2f} s more than torch; at most {MAX_IMPORT_SECONDS} s allowed")
+    pytest.fail(
+        f"import trwkv.ops took {min(seconds):.2f} s more than torch; at most {MAX_IMPORT_SECONDS} s allowed"
+    )
