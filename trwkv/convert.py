@@ -52,7 +52,12 @@ def rwkv4_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Official name and shape of every tensor of an RWKV-4 model."""
     C, A, F = hidden_size, attention_hidden_size, intermediate_size
-    block = {"ln1.weight": (C,), "ln1.bias": (C,), "ln2.weight": (C,), "ln2.bias": (C,)}
+    block: dict[str, tuple[int, ...]] = {
+        "ln1.weight": (C,),
+        "ln1.bias": (C,),
+        "ln2.weight": (C,),
+        "ln2.bias": (C,),
+    }
     block |= {"att.time_decay": (A,), "att.time_first": (A,)}
     block |= {f"att.time_mix_{x}": (1, 1, C) for x in "kvr"}
     block |= {f"att.{x}.weight": (A, C) for x in ("key", "value", "receptance")}
@@ -289,5 +294,6 @@ def _download(source: str) -> Path:
 def _hub_error(source: str, reason: object) -> OSError:
     return OSError(
         f"source: {source!r} is no local file or folder, and could not be had from the Hugging Face hub: "
-        f"give the path of a downloaded RWKV-4 checkpoint (.pth or folder), or connect to the network. ({reason})"
+        "give the path of a downloaded RWKV-4 checkpoint (.pth or folder), or connect to the network. "
+        f"({reason})"
     )

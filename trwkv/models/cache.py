@@ -1,5 +1,6 @@
 """The recurrent state of the model: the same size after any number of tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -47,7 +48,8 @@ class TemporalRwkvCache:
 
     def reset(self) -> None:
         """Back to the start of a sequence."""
-        self.__init__(len(self.layers))
+        self.layers = [LayerState() for _ in self.layers]
+        self.started, self.seen_tokens = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> "TemporalRwkvCache":
         """Row b becomes the former row `beam_idx[b]`, in place (beam search)."""
@@ -62,7 +64,7 @@ class TemporalRwkvCache:
         tensors = [x for layer in self.layers for x in vars(layer).values() if x is not None]
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
-    def _map(self, change) -> "TemporalRwkvCache":
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "TemporalRwkvCache":
         for layer in self.layers:
             for field in fields(layer):
                 x = getattr(layer, field.name)

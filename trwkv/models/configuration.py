@@ -81,6 +81,8 @@ class TemporalRwkvConfig(PreTrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
+        self.perspective_vectors: Sequence[str]
+        self.fixed_weights: Sequence[float] | None
         own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         _reject_misspelt(kwargs, own)
         for name, value in own.items():

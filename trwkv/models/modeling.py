@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
         self, x: Tensor, mask: Tensor | None = None, past_key_values: TemporalRwkvCache | None = None
     ) -> Tensor:
         cached = past_key_values is not None
-        state = past_key_values.layers[self.layer_index] if cached else LayerState()
+        state = LayerState() if past_key_values is None else past_key_values.layers[self.layer_index]
         attention, attention_shift, wkv = self.att(
             self.ln1(x),
             mask=mask,
@@ -70,7 +71,7 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
         feed_forward, feed_forward_shift = self.ffn(
             self.ln2(x), mask=mask, shift_state=state.feed_forward_shift, output_state=cached
         )
-        if cached:
+        if past_key_values is not None:
             past_key_values.layers[self.layer_index] = LayerState(attention_shift, wkv, feed_forward_shift)
         return x + feed_forward
 
@@ -115,11 +116,11 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.emb
 
-    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
-        self.emb = embeddings
+    def set_input_embeddings(self, embeddings: nn.Module) -> None:
+        self.emb = embeddings  # type: ignore
 
     @can_return_tuple
     def forward(
@@ -169,7 +170,7 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         if cache is not None:
             cache.advance(T, rows_started(mask, B, T, x.device))
 
-        x = self.blocks[0].ln0(x)
+        x = self.blocks[0].ln0(x)  # type: ignore
         if self.has_streams:
             x = x.unsqueeze(2).expand(-1, -1, self.config.n_perspectives, -1)
         hidden_states = []
@@ -203,11 +204,11 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.rwkv.emb
 
-    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
-        self.rwkv.emb = embeddings
+    def set_input_embeddings(self, embeddings: nn.Module) -> None:
+        self.rwkv.emb = embeddings  # type: ignore
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
@@ -333,14 +334,11 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *, is_first_iteration: bool | None = False, **kwargs
-    ) -> dict:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if inputs.get("past_key_values") is not None and not is_first_iteration:
-            inputs["attention_mask"] = None  # the new token is one: no need to look
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore
+        """Hugging Face's own, less the mask once a state is there: the new token is always one."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore
+        if inputs.get("past_key_values") is not None and not kwargs.get("is_first_iteration"):
+            inputs["attention_mask"] = None
         return inputs
 
     def perspective_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

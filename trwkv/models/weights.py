@@ -20,8 +20,8 @@ def with_rwkv4_weights(
     """A `cls` of this configuration with the tensors of an RWKV-4; selectors as at the start of training."""
     if config.n_perspectives > 1 and config.perspective_noise == 0 and config.aggregation != "selector":
         warnings.warn(
-            f"aggregation {config.aggregation!r} with perspective_noise 0: the perspectives start equal and get "
-            "equal gradients, so training will not tell them apart",
+            f"aggregation {config.aggregation!r} with perspective_noise 0: the perspectives start equal and "
+            "get equal gradients, so training will not tell them apart",
             stacklevel=3,
         )
     config.dtype = dtype

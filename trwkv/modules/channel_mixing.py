@@ -37,6 +37,9 @@ class ChannelMixing(nn.Module):
         layer_index, n_layers: place in the model, for the initial values.
     """
 
+    time_mix_k: nn.Parameter
+    time_mix_r: nn.Parameter
+
     def __init__(
         self,
         hidden_size: int,

@@ -16,7 +16,7 @@ class PerspectiveSelector(nn.Module):
     ========== ======================================== ============ ==================
     selector   softmax_p(W x[t] + b), per token          [B, T, P]    W [P, C], b [P]
     learned    softmax_p(logits)                         [P]          logits [P]
-    fixed      the given ones                            [P]          none (a buffer)
+    fixed      the given ones                            [P]          none
     mean       1 / P                                     [P]          none
     ========== ======================================== ============ ==================
 
@@ -45,37 +45,35 @@ class PerspectiveSelector(nn.Module):
         self.n_perspectives = n_perspectives
         self.aggregation = aggregation
         self.noise = noise
-        self._fixed = None if fixed_weights is None else list(fixed_weights)
+        self.fixed_weights = None if fixed_weights is None else tuple(fixed_weights)
         if aggregation == "selector":
             self.gate = nn.Linear(hidden_size, n_perspectives)
         elif aggregation == "learned":
             self.logits = nn.Parameter(torch.empty(n_perspectives))
-        elif aggregation == "fixed":
-            self.register_buffer("fixed_weights", torch.empty(n_perspectives))
         self.reset_parameters()
 
     def initial_values(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter and buffer with the value it starts from."""
+        """Each parameter with the value it starts from."""
         if self.aggregation == "selector":
             yield self.gate.weight, torch.randn_like(self.gate.weight) * 0.01
             yield self.gate.bias, torch.zeros_like(self.gate.bias)
         elif self.aggregation == "learned":
             yield self.logits, torch.zeros_like(self.logits)
-        elif self.aggregation == "fixed":
-            yield self.fixed_weights, torch.tensor(self._fixed).to(self.fixed_weights)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for tensor, value in self.initial_values():
-            tensor.copy_(value)
+        for parameter, value in self.initial_values():
+            parameter.copy_(value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Weights for the input x [B, T, C]: [B, T, P] from the selector, [P] from the others; at least
         float32."""
         if self.aggregation == "mean":
             return torch.full((self.n_perspectives,), 1 / self.n_perspectives, device=x.device)
-        if self.aggregation == "fixed":
-            return self.fixed_weights
+        if (
+            self.fixed_weights is not None
+        ):  # filled on the device: nothing to copy there, no buffer to lose precision
+            return torch.cat([torch.full((1,), weight, device=x.device) for weight in self.fixed_weights])
         logits = self.gate(x) if self.aggregation == "selector" else self.logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.aggregation == "selector" and self.training and self.noise > 0:

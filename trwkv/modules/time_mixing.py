@@ -58,6 +58,12 @@ class TimeMixing(nn.Module):
         backend: of the op.
     """
 
+    time_decay: nn.Parameter
+    time_first: nn.Parameter
+    time_mix_k: nn.Parameter
+    time_mix_v: nn.Parameter
+    time_mix_r: nn.Parameter
+
     def __init__(
         self,
         hidden_size: int,
@@ -178,22 +184,20 @@ class TimeMixing(nn.Module):
         self, k: Tensor, v: Tensor, r: Tensor, x: Tensor, state: Tensor | None, output_state: bool
     ) -> tuple[Tensor, Tensor | None]:
         """sigmoid(r) * WKV, merged where there is a selector: [B, T, A], or [B, T, P, A] for streams."""
-        w, u = (
-            z.expand(self.n_perspectives, -1) for z in (-torch.exp(_wide(self.time_decay)), self.time_first)
-        )
+        w = (-torch.exp(_wide(self.time_decay))).expand(self.n_perspectives, -1)
+        u = self.time_first.expand(self.n_perspectives, -1)
         weights = None if self.selector is None else self.selector(x)
-        merge_after_gate = weights is not None and r.ndim == 4
         y, state = multi_perspective_wkv(
             w,
             u,
             k,
             v,
-            weights=None if merge_after_gate else weights,
+            weights=None if r.ndim == 4 else weights,
             initial_state=state,
             output_final_state=output_state,
             backend=self.backend,
         )
-        if merge_after_gate:
+        if weights is not None and r.ndim == 4:  # a receptance per perspective: it comes before the merge
             return merge_perspectives(r * y, weights), state
         return r * (y.reshape(r.shape) if weights is None else y), state
 
