@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -22,7 +23,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "auto":
-        return "triton" if device.type == "cuda" and _HAS_TRITON and dtype != torch.float64 else "torch"
+        return "triton" if device.type == "cuda" and _HAS_TRITON and dtype != torch.float64 else "reference"
     if backend == "triton":
         _require_triton(device, dtype)
     return backend
@@ -41,3 +42,13 @@ def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
             f"backend: 'triton' needs tensors on a GPU (or TRITON_INTERPRET=1 set before the first call, to run "
             f"the kernels in Triton's interpreter); got tensors on {device.type!r}; use {others} there"
         )
+
+
+def device_guard(device: torch.device) -> AbstractContextManager:
+    """Makes `device` the current one, so that a kernel is launched where its tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def is_approximate_reciprocal_available() -> bool:
+    """Whether kernels may use NVIDIA's `rcp.approx` (1 ulp): not in the interpreter, not on ROCm."""
+    return not is_interpreting() and torch.version.hip is None

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 RECURRENT_MAX_T = 16
-"""Calls of at most this many tokens that need no gradient take the recurrent kernel under algorithm "auto"."""
+"""Calls of at most this many tokens that need no gradient take the recurrent Triton kernel under "auto"."""
 
 torch.library.define(
     "trwkv::wkv_forward",
-    "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? weights, Tensor? initial_state, str backend, str algorithm)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? weights, Tensor? initial_state, str backend, str algorithm,"
+    " bool save) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "trwkv::wkv_backward",
@@ -35,13 +35,9 @@ def wkv(
     algorithm: str,
 ) -> tuple[Tensor, Tensor]:
     """Validated arguments in, (output, final_state) out. `algorithm` is "auto", "chunk" or "recurrent"."""
-    if algorithm == "auto":
-        inputs = (w, u, k, v, weights, initial_state)
-        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        algorithm = "chunk" if needs_grad or k.shape[1] > RECURRENT_MAX_T else "recurrent"
-    output, final_state, _ = torch.ops.trwkv.wkv_forward(
-        w, u, k, v, weights, initial_state, backend, algorithm
-    )
+    inputs = (w, u, k, v, weights, initial_state)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    output, final_state, _ = torch.ops.trwkv.wkv_forward(*inputs, backend, algorithm, save)
     return output, final_state
 
 
@@ -56,26 +52,28 @@ def _chunk_backend(backend: str) -> ModuleType:
 
 
 @torch.library.impl("trwkv::wkv_forward", "CompositeExplicitAutograd")
-def _forward(w, u, k, v, weights, initial_state, backend, algorithm):
-    if algorithm == "recurrent":
-        if backend == "triton":
-            from trwkv.ops.wkv.recurrent import recurrent_forward
-        else:
-            from trwkv.ops.wkv.torch_recurrent import recurrent_forward
-
-        output, final_state = recurrent_forward(w, u, k, v, weights, initial_state)
-        return output, final_state, _no_checkpoint(k)
-    return _chunk_backend(backend).chunk_forward(w, u, k, v, weights, initial_state)
+def _forward(w, u, k, v, weights, initial_state, backend, algorithm, save):
+    if algorithm == "auto":
+        short = backend == "triton" and not save and k.shape[1] <= RECURRENT_MAX_T
+        algorithm = "recurrent" if short else "chunk"
+    if algorithm == "chunk":
+        return _chunk_backend(backend).chunk_forward(w, u, k, v, weights, initial_state, save=save)
+    if backend == "triton":
+        from trwkv.ops.wkv.recurrent import recurrent_forward as step_by_step
+    else:
+        from trwkv.ops.wkv.reference import step_wkv as step_by_step
+    output, final_state = step_by_step(w, u, k, v, weights, initial_state)
+    return output, final_state, _no_checkpoint(k)
 
 
 @torch.library.register_fake("trwkv::wkv_forward")
-def _forward_fake(w, u, k, v, weights, initial_state, backend, algorithm):
+def _forward_fake(w, u, k, v, weights, initial_state, backend, algorithm, save):
     P, C = w.shape
     B, T = k.shape[:2]
     state_dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     output = v.new_empty((B, T, P, C) if weights is None else (B, T, C))
     final_state = k.new_empty((B, 3, P, C), dtype=state_dtype)
-    if algorithm == "recurrent":
+    if algorithm == "recurrent" or not save:
         return output, final_state, _no_checkpoint(k)
     return output, final_state, _chunk_backend(backend).empty_checkpoint(w, k)
 
@@ -88,7 +86,7 @@ def _no_checkpoint(k: Tensor) -> Tensor:
 def _backward(grad_output, grad_final_state, w, u, k, v, weights, initial_state, checkpoint, backend):
     chunked = _chunk_backend(backend)
     if checkpoint.numel() == 0 and k.numel() > 0:  # the recurrent forward keeps none
-        *_, checkpoint = chunked.chunk_forward(w, u, k, v, weights, initial_state)
+        *_, checkpoint = chunked.chunk_forward(w, u, k, v, weights, initial_state, save=True)
     grads = chunked.chunk_backward(
         grad_output, grad_final_state, w, u, k, v, weights, initial_state, checkpoint
     )
@@ -102,7 +100,7 @@ def _backward_fake(grad_output, grad_final_state, w, u, k, v, weights, initial_s
 
 
 def _setup_context(ctx, inputs, output):
-    w, u, k, v, weights, initial_state, ctx.backend, _ = inputs
+    w, u, k, v, weights, initial_state, ctx.backend, _, _ = inputs
     ctx.save_for_backward(w, u, k, v, weights, initial_state, output[2])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
@@ -111,7 +109,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad_output, grad_final_state, _grad_checkpoint):
     w, u, k, v, weights, initial_state, checkpoint = ctx.saved_tensors
     if grad_output is None and grad_final_state is None:
-        return (None,) * 8
+        return (None,) * 9
     if grad_output is None:
         P, C = w.shape
         grad_output = v.new_zeros((*k.shape[:2], P, C) if weights is None else (*k.shape[:2], C))
@@ -119,7 +117,7 @@ def _autograd(ctx, grad_output, grad_final_state, _grad_checkpoint):
         grad_output, grad_final_state, w, u, k, v, weights, initial_state, checkpoint, ctx.backend
     )
     inputs = (w, u, k, v, weights, initial_state)
-    return (*(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None)
+    return (*(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None, None)
 
 
 torch.library.register_autograd("trwkv::wkv_forward", _autograd, setup_context=_setup_context)

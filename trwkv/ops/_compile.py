@@ -1,0 +1,118 @@
+"""Ahead-of-time compilation of the kernels, without a GPU: what would be launched, and what it costs in registers."""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas reports of one kernel, and the length of its machine code in instructions."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: int
+
+
+@dataclass
+class Launch:
+    """One launch as a launcher asked for it: the kernel and its arguments."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    def compile(self, capability: int) -> CompiledKernel:
+        """Machine code for an NVIDIA GPU of this compute capability (80, 90, ...)."""
+        options = dict(self.options)
+        num_warps = options.pop("num_warps", 4)
+        names = self.kernel.arg_names
+        values = dict(zip(names, self.args, strict=False)) | options
+        signature, constants, attributes = {}, {}, {}
+        for i, (param, name) in enumerate(zip(self.kernel.params, names, strict=True)):
+            kind, is_aligned = _describe(values[name], param.is_constexpr)
+            signature[name] = kind
+            if kind == "constexpr":
+                constants[(i,)] = values[name]
+            if is_aligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+
+
+def _describe(value: Any, is_constexpr: bool) -> tuple[str, bool]:
+    """Type of an argument in a kernel's signature, and whether it is known to be a multiple of 16."""
+    if is_constexpr or value is None:
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype], True
+    if isinstance(value, int):
+        return "i32", value % 16 == 0
+    raise TypeError(f"value: expected a tensor, an int or None; got {type(value).__name__}")
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Within the block kernels are not run but collected. Outputs are whatever memory held."""
+    launches: list[Launch] = []
+
+    def collect(kernel: JITFunction, grid: tuple[int, ...]):
+        def launch(*args: Any, **options: Any) -> None:
+            launches.append(Launch(kernel, grid, args, options))
+
+        return launch
+
+    original = JITFunction.__getitem__
+    JITFunction.__getitem__ = collect
+    try:
+        yield launches
+    finally:
+        JITFunction.__getitem__ = original
+
+
+def resources(compiled: CompiledKernel) -> Resources:
+    """Reads the compiled binary with the tools that Triton ships."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(binary))
+        sass = _tool("cuobjdump", "-sass", str(binary))
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(
+        registers=numbers["REG"],
+        spill_bytes=numbers["STACK"] + numbers["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
+    )
+
+
+def _tool(name: str, *args: str) -> str:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = os.environ.get(f"TRITON_{name.upper()}_PATH", str(tools / name))
+    return subprocess.run([tool, *args], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,207 @@
+"""Device functions shared by the WKV kernels. Conventions and proofs: MATH.md.
+
+Inside the kernels a state is (A, B, O): the true sums are A * 2^O and B * 2^O, O an integer held in float32, and B in
+[0.5, 1) unless the state is empty (A = B = 0, O = EMPTY). Every number is a mantissa and an integer exponent, so
+rescaling is exact: results do not depend, to the bit, on which stabiliser a tile happened to choose.
+
+P perspectives are tuples of P tensors [BLOCK_C], unrolled at compile time.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LN2_HI = tl.constexpr(0.69317626953125)  # LN2 in 14 bits: n * LN2_HI is exact for |n| <= 1024, fused or not
+LN2_LO = tl.constexpr(-2.9088971132296138e-05)  # and what that leaves
+EMPTY = tl.constexpr(-1073741824.0)  # -2^30: below any reachable exponent, and additions to it stay harmless
+EMPTY_EXP = tl.constexpr(-1e38)  # exponent of an empty state as the user sees it
+K_LIMIT = tl.constexpr(8388608.0)  # 2^23: beyond it float32 exponents would stop being exact integers
+SAFE_BITS = tl.constexpr(60.0)  # how far below the stabiliser a tile may reach on the fast path
+
+
+@triton.jit
+def pow2(n):
+    """2^n exactly for integer-valued float32 n <= 127; 0 below -126."""
+    bits = tl.minimum(tl.maximum(n, -127.0), 127.0).to(tl.int32) + 127
+    return (bits << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_k(k):
+    """exp(k) = mantissa * 2^exponent, mantissa in about [0.5, 1], exponent an integer."""
+    k = tl.minimum(tl.maximum(k, -K_LIMIT), K_LIMIT)
+    exponent = tl.ceil(k * LOG2E)
+    rest = tl.fma(exponent, -LN2_LO, tl.fma(exponent, -LN2_HI, k))
+    return tl.exp2(rest * LOG2E), exponent
+
+
+@triton.jit
+def reciprocal(x, APPROX: tl.constexpr):
+    if APPROX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def load_row(ptr, c, C: tl.constexpr, BLOCK_C: tl.constexpr, other):
+    """BLOCK_C channels at ptr + c; the mask is compiled away where the blocks fit."""
+    if C % BLOCK_C == 0:
+        return tl.load(ptr + c)
+    else:
+        return tl.load(ptr + c, mask=c < C, other=other)
+
+
+@triton.jit
+def store_row(ptr, c, x, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    if C % BLOCK_C == 0:
+        tl.store(ptr + c, x.to(ptr.dtype.element_ty))
+    else:
+        tl.store(ptr + c, x.to(ptr.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def split_log(x, steps):
+    """exp(steps * x) = mantissa * 2^exponent for a natural log x; float64 mantissa in (0.5, 1]."""
+    x2 = x.to(tl.float64) * LOG2E * steps
+    exponent = tl.ceil(x2)
+    return tl.exp2(x2 - exponent), exponent.to(tl.float32)
+
+
+@triton.jit
+def load_decay(w, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Per perspective: mantissa and exponent of one step's decay, and the defect of BLOCK_T such steps.
+
+    The rounding of the mantissa is systematic: over T steps it would grow with T. The defect, mantissa^BLOCK_T less
+    the same power of its rounded value, is added once per tile and stops it.
+    """
+    mantissa = ()
+    exponent = ()
+    defect = ()
+    for p in tl.static_range(P):
+        exact, n = split_log(load_row(w + p * C, c, C, BLOCK_C, 0.0), 1.0)
+        rounded = exact.to(tl.float32)
+        power = exact
+        rounded_power = rounded.to(tl.float64)
+        for i in tl.static_range(10):
+            if 2**i < BLOCK_T:
+                power = power * power
+                rounded_power = rounded_power * rounded_power
+        mantissa += (rounded,)
+        exponent += (n,)
+        defect += ((power - rounded_power).to(tl.float32),)
+    return mantissa, exponent, defect
+
+
+@triton.jit
+def load_bonus(u, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
+    mantissa = ()
+    exponent = ()
+    for p in tl.static_range(P):
+        exact, n = split_log(load_row(u + p * C, c, C, BLOCK_C, 0.0), 1.0)
+        mantissa += (exact.to(tl.float32),)
+        exponent += (n,)
+    return mantissa, exponent
+
+
+@triton.jit
+def normalise(A, B, O):
+    """The same state with B in [0.5, 1); an empty one gets O = EMPTY."""
+    size = tl.where(B == 0.0, tl.abs(A), tl.abs(B))
+    shift = (((size.to(tl.int32, bitcast=True) >> 23) & 255) - 126).to(tl.float32)
+    scale = pow2(-shift)
+    return A * scale, B * scale, tl.where(size == 0.0, EMPTY, O + shift)
+
+
+@triton.jit
+def empty_state(P: tl.constexpr, BLOCK_C: tl.constexpr):
+    A = ()
+    B = ()
+    O = ()
+    for _ in tl.static_range(P):
+        A += (tl.zeros([BLOCK_C], tl.float32),)
+        B += (tl.zeros([BLOCK_C], tl.float32),)
+        O += (tl.full([BLOCK_C], EMPTY, tl.float32),)
+    return A, B, O
+
+
+@triton.jit
+def load_triple(ptr, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Three planes [3, P, C] as they are."""
+    X = ()
+    Y = ()
+    Z = ()
+    for p in tl.static_range(P):
+        X += (load_row(ptr + p * C, c, C, BLOCK_C, 0.0),)
+        Y += (load_row(ptr + (P + p) * C, c, C, BLOCK_C, 0.0),)
+        Z += (load_row(ptr + (2 * P + p) * C, c, C, BLOCK_C, 0.0),)
+    return X, Y, Z
+
+
+@triton.jit
+def store_triple(ptr, c, X, Y, Z, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
+    for p in tl.static_range(P):
+        store_row(ptr + p * C, c, X[p], C, BLOCK_C)
+        store_row(ptr + (P + p) * C, c, Y[p], C, BLOCK_C)
+        store_row(ptr + (2 * P + p) * C, c, Z[p], C, BLOCK_C)
+
+
+@triton.jit
+def load_user_state(ptr, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(num, den, exp), exp a natural log -> (A, B, O)."""
+    num, den, exp = load_triple(ptr, c, C, P, BLOCK_C)
+    A = ()
+    B = ()
+    O = ()
+    for p in tl.static_range(P):
+        scale, exponent = split_log(exp[p], 1.0)
+        scale = scale.to(tl.float32)
+        a, b, o = normalise(num[p], den[p], exponent)
+        A += (a * scale,)  # B may fall to 0.25: harmless, it is only a bound
+        B += (b * scale,)
+        O += (o,)
+    return A, B, O
+
+
+@triton.jit
+def user_exponent(O):
+    """The natural-log exponent a user sees for O, rounded to float32, and 2^O / e^that."""
+    exact = O.to(tl.float64) * LN2
+    exp = exact.to(tl.float32)
+    scale = tl.exp2((exact - exp.to(tl.float64)) * LOG2E).to(tl.float32)
+    is_empty = O == EMPTY
+    return tl.where(is_empty, EMPTY_EXP, exp), tl.where(is_empty, 1.0, scale)
+
+
+@triton.jit
+def store_user_state(ptr, c, A, B, O, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
+    for p in tl.static_range(P):
+        exp, scale = user_exponent(O[p])
+        store_row(ptr + p * C, c, A[p] * scale, C, BLOCK_C)
+        store_row(ptr + (P + p) * C, c, B[p] * scale, C, BLOCK_C)
+        store_row(ptr + (2 * P + p) * C, c, exp, C, BLOCK_C)
+
+
+@triton.jit
+def exact_output(A, B, O, bonus, bonus_exponent, e, k_exponent, v):
+    """One output of one perspective, whatever the exponents. Returns numerator, denominator and their exponent."""
+    token_exponent = k_exponent + bonus_exponent
+    top = tl.maximum(O, token_exponent)
+    past = pow2(O - top)
+    now = (bonus * e) * pow2(token_exponent - top)
+    return tl.fma(now, v, A * past), B * past + now, top
+
+
+@triton.jit
+def exact_update(A, B, O, decay, decay_exponent, e, k_exponent, v):
+    """One step of one perspective's state, whatever the exponents."""
+    decayed = O + decay_exponent
+    top = tl.maximum(decayed, k_exponent)
+    past = pow2(decayed - top)
+    now = pow2(k_exponent - top)
+    A = tl.fma(A * past, decay, (e * v) * now)
+    B = tl.fma(B * past, decay, e * now)
+    return normalise(A, B, top)

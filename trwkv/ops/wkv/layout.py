@@ -1,0 +1,74 @@
+"""What the kernels read: contiguous tensors and shared k, v.
+
+k and v of one perspective each, [B, T, P, C], are the shared form with a single perspective of P * C channels. Their
+weighted sum is then taken outside, from float32 outputs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trwkv.ops.wkv.reference import aggregate
+
+
+@dataclass
+class KernelCall:
+    """One call as the kernels see it; `sizes` is (B, T, P, C) in that view."""
+
+    w: Tensor
+    u: Tensor
+    k: Tensor
+    v: Tensor
+    weights: Tensor | None
+    initial_state: Tensor | None
+    sizes: tuple[int, int, int, int]
+    weights_kind: str  # "none", "channel" ([P, C]) or "token" ([B, T, P])
+    output_dtype: torch.dtype
+
+    def new_output(self) -> Tensor:
+        B, T, P, C = self.sizes
+        shape = (B, T, P, C) if self.weights_kind == "none" else (B, T, C)
+        return torch.empty(shape, dtype=self.output_dtype, device=self.k.device)
+
+
+def kernel_layout(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, initial_state: Tensor | None
+) -> KernelCall:
+    B, T = k.shape[:2]
+    P, C = w.shape
+    output_dtype = v.dtype
+    if k.ndim == 4:
+        output_dtype = v.dtype if weights is None else torch.float32
+        w, u = w.reshape(1, P * C), u.reshape(1, P * C)
+        k, v = k.reshape(B, T, P * C), v.reshape(B, T, P * C)
+        initial_state = by_channel(initial_state, (P, C))
+        weights, P, C = None, 1, P * C
+    kind = "none"
+    if weights is not None:
+        kind = "token" if weights.ndim == 3 else "channel"
+        weights = (weights[:, None].expand(P, C) if weights.ndim == 1 else weights).contiguous()
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+    return KernelCall(
+        w.contiguous(), u.contiguous(), k.contiguous(), v.contiguous(), weights, initial_state,
+        (B, T, P, C), kind, output_dtype,
+    )  # fmt: skip
+
+
+def by_channel(state: Tensor | None, shape: tuple[int, int], *, back: bool = False) -> Tensor | None:
+    """A state [B, 3, P, C] as [B, 3, 1, P * C], or back; the same memory."""
+    if state is None:
+        return None
+    P, C = shape
+    return state.reshape(state.shape[0], 3, P, C) if back else state.reshape(state.shape[0], 3, 1, P * C)
+
+
+def finish_output(output: Tensor, weights: Tensor | None, v: Tensor, call: KernelCall) -> Tensor:
+    """The output as the caller wants it, from what the kernels wrote."""
+    if v.ndim == 3:
+        return output
+    per_perspective = output.view(v.shape)
+    if weights is None:
+        return per_perspective
+    return aggregate(per_perspective, weights).to(v.dtype)

@@ -1,0 +1,152 @@
+"""Chunked PyTorch backend: the default on the CPU. Equations and arguments as in `multi_perspective_wkv`.
+
+T is cut into chunks of `CHUNK` tokens. Every chunk is summarised from an empty state, all chunks of a block at once
+(one step per token position, vectorised over batch, chunks and channels); a scan over the summaries, in float64,
+gives the state at each chunk's start; a second walk from those states gives the outputs.
+
+Inside a chunk the sums are kept relative to e^s with s = k of the chunk's first token: k - s is exact or nearly so,
+one exponential per token serves all perspectives, and s depends on nothing later, which keeps causality bitwise. With
+|k - s| <= 30, |u| <= 30, w <= 0.25, |e^(k-s) v| <= 1e25 and a carried denominator of at most e^30 nothing overflows
+(the largest sum is below e^61 max|v|), and no denominator underflows: it holds the token's own bonus weight e^(u+k-s)
+and, from the chunk's second token on, that of the token before, so it is at least e^-30. Whatever lies outside these
+bounds, from that token to the end of its chunk and for that channel alone, is computed by `torch_chunk_exact` in
+float64 with a running maximum per token. Each bound looks at the past only, so the choice, too, is causal; and it is
+made per channel and batch row: neighbours have no say in it.
+
+State convention of every backend: (num, den, exp) stands for num * e^exp and den * e^exp. The final state's exp is a
+constant of the representation: its incoming gradient is ignored, and the gradient of the true sums is that of num and
+den times e^-exp. The gradient of the initial state's exp is exact, num * grad_num + den * grad_den. Here the final
+state has den near 1, or is (0, 0, EMPTY_EXP) when empty.
+"""
+
+import torch
+from torch import Tensor
+
+from trwkv.ops.wkv.torch_chunk_block import (
+    CHUNK,
+    EMPTY_EXP,
+    Block,
+    Problem,
+    block_ranges,
+    carried_in,
+    columns,
+    load,
+    pack_states,
+    scan_chunks,
+    set_up,
+    unpack_state,
+    weights_at,
+)
+from trwkv.ops.wkv.torch_chunk_bwd import chunk_backward
+from trwkv.ops.wkv.torch_chunk_exact import walk
+
+__all__ = ["CHUNK", "chunk_backward", "chunk_forward", "empty_checkpoint"]
+
+
+@torch.no_grad()
+def chunk_forward(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    initial_state: Tensor | None,
+    *,
+    save: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, final state and, if `save`, the checkpoint for `chunk_backward`: the states at all chunk boundaries,
+    [ceil(T / CHUNK) + 1, 3, P, B, C] (perspectives with their own k and v count as channels); else an empty tensor.
+    """
+    p = set_up(w, u, k)
+    exp, sums = unpack_state(p, initial_state, w)
+    output = _empty_output(p, v, weights)
+    checkpoint = empty_checkpoint(w, k) if save else k.new_empty(0, dtype=torch.float32)
+    done = 0
+    for bounds in block_ranges(p):
+        block = load(p, k, v, *bounds)
+        exps, all_sums = _states(p, block, k, v, exp, sums)
+        if save:
+            checkpoint[done : done + block.chunks] = pack_states(p, exps[:-1], all_sums[:-1])
+        _write_output(p, block, k, v, weights, exps[:-1], all_sums[:-1], output)
+        exp, sums, done = exps[-1], all_sums[-1], done + block.chunks
+    last = pack_states(p, exp.unsqueeze(0), sums.unsqueeze(0))[0]
+    if save:
+        checkpoint[done] = last
+    if p.tokens == 0 and initial_state is not None:
+        return output, initial_state.clone(), checkpoint
+    return output, p.public(last).movedim(0, 1).contiguous(), checkpoint
+
+
+def empty_checkpoint(w: Tensor, k: Tensor) -> Tensor:
+    """Uninitialised tensor of the checkpoint's shape, dtype and device; T may be symbolic."""
+    chunks = (k.shape[1] + CHUNK - 1) // CHUNK
+    P, C = (1, w.shape[0] * w.shape[1]) if k.ndim == 4 else w.shape
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    return k.new_empty((chunks + 1, 3, P, k.shape[0], C), dtype=dtype)
+
+
+def _empty_output(p: Problem, v: Tensor, weights: Tensor | None) -> Tensor:
+    C = p.w.shape[2] // p.perspectives if p.own else p.w.shape[2]
+    shape = (p.batch, p.tokens, C) if weights is not None else (p.batch, p.tokens, p.perspectives, C)
+    return v.new_empty(shape)
+
+
+def _states(p: Problem, block: Block, k: Tensor, v: Tensor, exp: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """States at the block's chunk boundaries, exp [N + 1, P, B, C] and sums [N + 1, 2, P, B, C], in float64."""
+    steps = block.terms.unsqueeze(2).unbind(1)  # [2, 1, B, N, C] each
+    P = p.decay.shape[0]
+    local = steps[0].expand(-1, P, -1, -1, -1).contiguous()
+    for step in steps[1:]:
+        torch.addcmul(step, local, p.decay, out=local)
+    labels = block.base.double().movedim(1, 0).unsqueeze(1)  # [N, 1, B, C]
+    local = local.double().movedim(3, 0)
+    if block.bad is not None:
+        at = b, n, c = torch.nonzero(block.bad < block.length, as_tuple=True)
+        k_cols, v_cols, w_cols, u_cols = columns(p, block, k, v, at)
+        empty = torch.full_like(w_cols, EMPTY_EXP)
+        _, col_exp, col_sums = walk(k_cols, v_cols, w_cols, u_cols, empty, torch.zeros_like(empty).expand(2, -1, -1))
+        labels = labels.repeat(1, P, 1, 1)
+        labels[n, :, b, c] = col_exp.T
+        local = local.contiguous()
+        local[n, :, :, b, c] = col_sums.movedim(2, 0)
+    return scan_chunks(exp, sums, p.w * block.length, labels, local)
+
+
+def _write_output(
+    p: Problem,
+    block: Block,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    exps: Tensor,
+    sums: Tensor,
+    output: Tensor,
+) -> None:
+    block, state = carried_in(p, block, exps, sums)
+    exact = None
+    if block.bad is not None:
+        at = b, n, c = torch.nonzero(block.bad < block.length, as_tuple=True)
+        cols = columns(p, block, k, v, at)
+        steps, _, _ = walk(*cols, exps[n, :, b, c].T, sums[n, :, :, b, c].movedim(0, 2))
+        exact = at, block.bad[at], [s.y.to(p.dtype) for s in steps]
+    both = torch.empty_like(state)
+    target = block.view(output)  # [L, B, N, (P,) C]
+    for j, terms in enumerate(block.terms.unsqueeze(2).unbind(1)):
+        torch.addcmul(state, p.bonus, terms, out=both)
+        torch.addcmul(terms, state, p.decay, out=state)
+        y = torch.div(both[0], both[1], out=both[0])
+        if exact is not None:
+            (b, n, c), first, ys = exact
+            y[:, b, n, c] = torch.where(first <= j, ys[j], y[:, b, n, c])
+        if weights is None:
+            for q, y_q in enumerate(p.split(y)):
+                target[j, ..., q, :] = y_q
+        else:
+            target[j] = _aggregate(p.split(y), weights_at(p, block, weights, j))
+
+
+def _aggregate(ys: list[Tensor], weights: list[Tensor]) -> Tensor:
+    total = ys[0] * weights[0]
+    for y, weight in zip(ys[1:], weights[1:], strict=True):
+        total += y * weight
+    return total
