@@ -282,7 +282,7 @@ def _download(source: str) -> Path:
                     repository, allow_patterns=patterns, local_files_only=constants.HF_HUB_OFFLINE
                 )
             )
-            if any(folder.glob(f"*{suffix}") for suffix in (*_SUFFIXES, ".pth")):
+            if any(file.suffix in (*_SUFFIXES, ".pth") for file in folder.iterdir()):
                 break
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _hub_error(source, error) from error
