@@ -91,7 +91,9 @@ def _empty_output(p: Problem, v: Tensor, weights: Tensor | None) -> Tensor:
     return v.new_empty(shape)
 
 
-def _states(p: Problem, block: Block, k: Tensor, v: Tensor, exp: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+def _states(
+    p: Problem, block: Block, k: Tensor, v: Tensor, exp: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor]:
     """States at the block's chunk boundaries, exp [N + 1, P, B, C] and sums [N + 1, 2, P, B, C], in float64."""
     steps = block.terms.unsqueeze(2).unbind(1)  # [2, 1, B, N, C] each
     P = p.decay.shape[0]
@@ -104,7 +106,9 @@ def _states(p: Problem, block: Block, k: Tensor, v: Tensor, exp: Tensor, sums: T
         at = b, n, c = torch.nonzero(block.bad < block.length, as_tuple=True)
         k_cols, v_cols, w_cols, u_cols = columns(p, block, k, v, at)
         empty = torch.full_like(w_cols, EMPTY_EXP)
-        _, col_exp, col_sums = walk(k_cols, v_cols, w_cols, u_cols, empty, torch.zeros_like(empty).expand(2, -1, -1))
+        _, col_exp, col_sums = walk(
+            k_cols, v_cols, w_cols, u_cols, empty, torch.zeros_like(empty).expand(2, -1, -1)
+        )
         labels = labels.repeat(1, P, 1, 1)
         labels[n, :, b, c] = col_exp.T
         local = local.contiguous()

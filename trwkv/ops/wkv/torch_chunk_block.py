@@ -77,11 +77,11 @@ def set_up(w: Tensor, u: Tensor, k: Tensor) -> Problem:
     own = k.ndim == 4
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     w64, u64 = (x.reshape(1, 1, -1) if own else x[:, None] for x in (w.double(), u.double()))
-    decay, bonus = (x.exp().to(dtype).unsqueeze(1) for x in (w64, u64))
-    outside = ((u64.abs() > MAX_LOG) | (w64 > MAX_POSITIVE_W)).any(0).any(0)
-    return Problem(
-        k.shape[0], k.shape[1], w.shape[0], own, dtype, w64, u64, decay, bonus, outside if outside.any() else None
-    )
+    outside = ~((u64.abs() <= MAX_LOG) & (w64 <= MAX_POSITIVE_W)).all(0).all(0)
+    # Where a channel is outside, any finite values serve the fast path.
+    decay, bonus = (x.masked_fill(outside, 0).exp().to(dtype).unsqueeze(1) for x in (w64, u64))
+    outside = outside if outside.any() else None
+    return Problem(k.shape[0], k.shape[1], w.shape[0], own, dtype, w64, u64, decay, bonus, outside)
 
 
 def block_ranges(p: Problem) -> Iterator[tuple[int, int, int]]:
@@ -142,7 +142,9 @@ def carried_in(p: Problem, block: Block, exp: Tensor, sums: Tensor) -> tuple[Blo
     return block._replace(bad=bad.where(good, 0)), carry.where(good, 0)
 
 
-def scan_chunks(exp: Tensor, sums: Tensor, steps_w: Tensor, labels: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+def scan_chunks(
+    exp: Tensor, sums: Tensor, steps_w: Tensor, labels: Tensor, local: Tensor
+) -> tuple[Tensor, Tensor]:
     """States at all chunk boundaries from the chunk summaries, in float64 with a running maximum as exponent.
 
     exp [P, B, C], sums [2, P, B, C]: before the block. steps_w [P, 1, C]: log decay of a chunk. labels

@@ -95,13 +95,22 @@ def chunk_backward(
     grad_state = None
     if initial_state is not None:
         limit = torch.finfo(initial_state.dtype).max
-        adjoint = adjoint.clamp(-limit, limit)  # an empty state with a large exponent has a gradient beyond any range
+        adjoint = adjoint.clamp(
+            -limit, limit
+        )  # an empty state with a large exponent has a gradient beyond any range
         grad_state = torch.cat([adjoint, (adjoint * sums).sum(0, keepdim=True).clamp(-limit, limit)])
         grad_state = p.public(grad_state).movedim(0, 1).to(initial_state.dtype)
     grad_weights = grads.weights
     if weights is not None:
         grad_weights = (grad_weights.sum(1) if weights.ndim == 1 else grad_weights).to(weights.dtype)
-    return grads.w.view_as(w).to(w.dtype), grads.u.view_as(u).to(u.dtype), grads.k, grads.v, grad_weights, grad_state
+    return (
+        grads.w.view_as(w).to(w.dtype),
+        grads.u.view_as(u).to(u.dtype),
+        grads.k,
+        grads.v,
+        grad_weights,
+        grad_state,
+    )
 
 
 def _empty_gradients(p: Problem, k: Tensor, v: Tensor, weights: Tensor | None) -> _Gradients:
@@ -162,7 +171,9 @@ def _block_backward(
     if cols is not None:
         b, n, c = cols.at
         incoming[:, :, b, n, c] = 0
-        exact = _inject(cols, replay, adjoints[n + 1, :, :, b, c].movedim(0, 2) * torch.exp(cols.end - cols.after))
+        exact = _inject(
+            cols, replay, adjoints[n + 1, :, :, b, c].movedim(0, 2) * torch.exp(cols.end - cols.after)
+        )
     _write_gradients(p, grads, block, v, replay, incoming, cols, exact)
     return adjoints[0]
 
@@ -194,7 +205,9 @@ def _inject(cols: _Columns, replay: _Replay, adjoint: Tensor) -> Adjoint:
     )
     m = torch.nonzero(cols.first > 0, as_tuple=True)[0]
     b, n, c = (x[m] for x in cols.at)
-    replay.sources[cols.first[m], :, :, b, n, c] = exact.before_first[:, :, m].movedim(2, 0).to(replay.sources.dtype)
+    replay.sources[cols.first[m], :, :, b, n, c] = (
+        exact.before_first[:, :, m].movedim(2, 0).to(replay.sources.dtype)
+    )
     return exact
 
 
@@ -224,7 +237,11 @@ def _replay(
     sums[0] = state
     zero = state.new_zeros(())
     both = torch.empty_like(state)
-    outer = None if weights is None or weights.ndim == 3 else state.new_zeros(p.perspectives, *_channels(p, state))
+    outer = (
+        None
+        if weights is None or weights.ndim == 3
+        else state.new_zeros(p.perspectives, *_channels(p, state))
+    )
     grad_y_cols = []
     for j, term in enumerate(terms):
         torch.addcmul(sums[j], p.bonus, term, out=both)
@@ -256,7 +273,8 @@ def _grad_y(
     """Gradient of every perspective's own output at chunk position j, [P, B, N, C] in the inner layout."""
     here = block.view(grad_output)[j]
     if weights is None:
-        return p.inner(here).to(p.dtype)
+        here = here.flatten(-2).unsqueeze(0) if p.own else here.movedim(-2, 0)
+        return here.to(p.dtype)
     grad_y = like.new_empty(like.shape[1:])
     for out, weight in zip(p.split(grad_y), weights_at(p, block, weights, j), strict=True):
         torch.mul(here, weight, out=out)

@@ -25,7 +25,9 @@ class Step(NamedTuple):
     y: Tensor
 
 
-def walk(k: Tensor, v: Tensor, w: Tensor, u: Tensor, exp: Tensor, sums: Tensor) -> tuple[list[Step], Tensor, Tensor]:
+def walk(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, exp: Tensor, sums: Tensor
+) -> tuple[list[Step], Tensor, Tensor]:
     """k, v [L, M], w, u [P, M], state before: exp [P, M], sums [2, P, M]. Returns steps, exp and sums after."""
     steps = []
     for kt, vt in zip(k.unbind(0), v.unbind(0), strict=True):
@@ -84,7 +86,9 @@ def walk_back(
             adjoint = adjoint * s.keep + out * s.past
         else:
             carried = asked
-    return Adjoint(torch.stack(grads_k[::-1]), torch.stack(grads_v[::-1]), grad_w, grad_u, before_first, carried)
+    return Adjoint(
+        torch.stack(grads_k[::-1]), torch.stack(grads_v[::-1]), grad_w, grad_u, before_first, carried
+    )
 
 
 def _exp(x: Tensor) -> Tensor:
