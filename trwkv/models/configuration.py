@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from trwkv.convert import SIZES
 from trwkv.modules import AGGREGATIONS, CHANNEL_VECTORS, TIME_VECTORS
 from trwkv.modules.perspective_selector import check_aggregation
+from trwkv.ops._dispatch import BACKENDS
 
 PLACEMENTS = ("layer", "stream")
 _VALID_VECTORS = {"layer": TIME_VECTORS, "stream": TIME_VECTORS + CHANNEL_VECTORS}
@@ -108,6 +109,8 @@ class TemporalRwkvConfig(PreTrainedConfig):
     def _check_perspectives(self) -> None:
         if self.placement not in PLACEMENTS:
             raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}; got {self.placement!r}")
+        if self.wkv_backend not in BACKENDS:
+            raise ValueError(f"wkv_backend: expected one of {', '.join(BACKENDS)}; got {self.wkv_backend!r}")
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(
                 f"aggregation: expected one of {', '.join(AGGREGATIONS)}; got {self.aggregation!r}"

@@ -167,6 +167,10 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         cache = past_key_values
         if cache is None and use_cache:
             cache = TemporalRwkvCache(len(self.blocks))
+        if cache is not None and len(cache) != len(self.blocks):
+            raise ValueError(
+                f"past_key_values: expected a state of {len(self.blocks)} layers; got {len(cache)}"
+            )
         if cache is not None:
             cache.advance(T, rows_started(mask, B, T, x.device))
 

@@ -126,7 +126,9 @@ class TimeMixing(nn.Module):
             if parameter.ndim == 2:
                 value = perspective_rows(value, self.n_perspectives, self.perspective_noise)
                 if name == "time_decay":
-                    value = value + torch.linspace(-1, 1, self.n_perspectives).unsqueeze(1)
+                    value = value + (
+                        2 * torch.arange(self.n_perspectives).unsqueeze(1) / (self.n_perspectives - 1) - 1
+                    )
             yield parameter, value.to(parameter)
 
     @torch.no_grad()

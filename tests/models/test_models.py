@@ -1,0 +1,333 @@
+"""Configuration and model: what they compute, count, train, save and refuse."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from trwkv.models import TemporalRwkvCache, TemporalRwkvConfig, TemporalRwkvForCausalLM, TemporalRwkvModel
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": None}
+KINDS = {
+    "rwkv4": {"n_perspectives": 1},
+    "layer": {"n_perspectives": 3},
+    "layer, own keys": {
+        "n_perspectives": 2,
+        "perspective_vectors": ["time_decay", "time_mix_k", "time_mix_r"],
+    },
+    "layer, fixed": {"n_perspectives": 2, "aggregation": "fixed", "fixed_weights": [0.3, 0.7]},
+    "stream": {"n_perspectives": 3, "placement": "stream"},
+    "stream, learned": {"n_perspectives": 2, "placement": "stream", "aggregation": "learned"},
+}
+
+
+def random_model(kind: str = "layer", seed: int = 0, **options) -> TemporalRwkvForCausalLM:
+    """A model whose every parameter is random, perspectives included."""
+    torch.manual_seed(seed)
+    model = TemporalRwkvForCausalLM(TemporalRwkvConfig(**(SIZES | KINDS[kind] | options))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_((1.0 if "emb" in name else 0.3) * torch.randn_like(parameter))
+    return model
+
+
+def random_tokens(*shape: int, seed: int = 7) -> torch.Tensor:
+    return torch.randint(0, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_perspectives": 0}, "n_perspectives: expected a whole number of at least 1; got 0"),
+        ({"n_perspectives": 2.0}, "n_perspectives: expected a whole number"),
+        ({"hidden_size": -1}, "hidden_size"),
+        ({"placement": "block"}, "placement: expected one of layer, stream; got 'block'"),
+        ({"aggregation": "max"}, "aggregation: expected one of"),
+        ({"aggregation": "fixed", "n_perspectives": 2}, "fixed_weights: expected with aggregation 'fixed'"),
+        ({"perspective_vectors": "time_decay"}, "perspective_vectors: .* expected a list"),
+        ({"perspective_vectors": ["time_dacay"]}, "perspective_vectors"),
+        ({"perspective_vectors": ["channel_mix_k"]}, "with placement 'layer' expected"),
+        ({"perspective_vectors": [], "n_perspectives": 2}, "expected at least one"),
+        ({"perspective_noise": -0.1}, "perspective_noise: expected a finite number of at least 0; got -0.1"),
+        ({"selector_noise": float("nan")}, "selector_noise"),
+        ({"wkv_backend": "cuda"}, "wkv_backend: expected one of auto, triton, torch, reference; got 'cuda'"),
+    ],
+)
+def test_wrong_configurations_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TemporalRwkvConfig(**options)
+
+
+def test_a_misspelt_option_is_refused():
+    with pytest.raises(TypeError, match="n_perspective: unknown option; did you mean n_perspectives"):
+        TemporalRwkvConfig(n_perspective=3)
+
+
+def test_configuration_defaults_and_round_trip(tmp_path):
+    assert TemporalRwkvConfig().perspective_vectors == ["time_decay", "time_first"]
+    assert len(TemporalRwkvConfig(placement="stream").perspective_vectors) == 7
+    config = TemporalRwkvConfig(
+        **SIZES, n_perspectives=2, aggregation="fixed", fixed_weights=(0.5, 0.5), pad_token_id=1
+    )
+    assert (config.attention_hidden_size, config.intermediate_size) == (32, 128)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(again, TemporalRwkvConfig) and again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(("size", "layers", "percent"), [(768, 12, 0.039), (1024, 24, 0.040)])
+def test_seven_vectors_and_the_gate_add_a_twenty_fifth_of_a_percent(size, layers, percent):
+    config = TemporalRwkvConfig(
+        hidden_size=size, num_hidden_layers=layers, n_perspectives=2, placement="stream"
+    )
+    with torch.device("meta"):
+        count = TemporalRwkvForCausalLM(config).count_parameters()
+    assert round(count.added_percent, 3) == percent
+    assert count.added == 7 * size * layers + 2 * size + 2
+    assert count.total == count.base + count.added == count.trainable
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_count_is_against_the_same_model_with_one_perspective(kind):
+    model = random_model(kind)
+    one = TemporalRwkvForCausalLM(TemporalRwkvConfig(**SIZES))
+    assert model.count_parameters().base == one.count_parameters().total
+    assert one.count_parameters().added == 0
+
+
+def test_one_perspective_is_rwkv4_whatever_the_other_options():
+    plain = TemporalRwkvForCausalLM(TemporalRwkvConfig(**SIZES)).state_dict()
+    other = TemporalRwkvForCausalLM(
+        TemporalRwkvConfig(**SIZES, placement="stream", aggregation="learned")
+    ).state_dict()
+    assert {name: x.shape for name, x in plain.items()} == {name: x.shape for name, x in other.items()}
+    assert not any("selector" in name for name in plain)
+
+
+@torch.no_grad()
+def test_streams_are_separate_rwkv4s_whose_logits_a_gate_mixes():
+    """The paper's released code: P models that share all but their vectors, softmax(gate(mean of outputs))."""
+    model, tokens = random_model("stream"), random_tokens(2, 11)
+    normed, logits = [], []
+    for p in range(3):
+        single = TemporalRwkvForCausalLM(TemporalRwkvConfig(**SIZES)).eval()
+        rows = dict(model.perspective_parameters())
+        state = {
+            name: x[p] if name in rows else x
+            for name, x in model.state_dict().items()
+            if "selector" not in name
+        }
+        single.load_state_dict(state)
+        output = single(tokens, output_hidden_states=True)
+        normed.append(output.hidden_states[-1])
+        logits.append(output.logits)
+    gate = torch.softmax(model.rwkv.selector.gate(torch.stack(normed).mean(0)), -1)
+    expected = sum(gate[..., p, None] * logits[p] for p in range(3))
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_state_continues_a_sequence_at_any_cut(kind):
+    model, tokens = random_model(kind), random_tokens(2, 12)
+    whole = model(tokens).logits
+    for cuts in ([5, 7], [1, 11], [1] * 12):
+        cache, parts = None, []
+        for part in tokens.split(cuts, dim=1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-5)
+    assert cache.get_seq_length() == 12
+
+
+@torch.no_grad()
+def test_the_state_keeps_its_size():
+    model = random_model("stream")
+    sizes = set()
+    for length in (1, 5, 50):
+        output = model(random_tokens(2, length))
+        sizes.add(output.past_key_values.nbytes())
+        sizes.add(model(random_tokens(2, 1), past_key_values=output.past_key_values).past_key_values.nbytes())
+    B, P, C, layers = 2, 3, 32, 2
+    assert sizes == {4 * B * P * C * (3 + 2) * layers + B}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_places_without_a_token_change_nothing(kind):
+    """Wherever they are, a row gives the logits and the state of its tokens alone."""
+    model, tokens = random_model(kind), random_tokens(3, 10)
+    mask = torch.tensor([[0] * 6 + [1] * 4, [1] * 7 + [0] * 3, [0, 1, 1, 0, 1, 1, 1, 0, 0, 1]])
+    output = model(tokens, attention_mask=mask)
+    following = random_tokens(3, 2, seed=8)
+    continued = model(following, past_key_values=output.past_key_values).logits
+    for row, keep in enumerate(mask.bool()):
+        alone = model(tokens[row : row + 1, keep])
+        torch.testing.assert_close(output.logits[row, keep], alone.logits[0], rtol=0, atol=1e-5)
+        after = model(following[row : row + 1], past_key_values=alone.past_key_values).logits
+        torch.testing.assert_close(continued[row], after[0], rtol=0, atol=1e-5)
+    assert torch.isfinite(output.logits).all()
+
+
+@torch.no_grad()
+def test_masked_tokens_may_be_anything():
+    model, tokens = random_model(), random_tokens(1, 10)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    other = torch.where(mask.bool(), tokens, 5)
+    assert torch.equal(
+        model(tokens, attention_mask=mask).logits[:, 3:], model(other, attention_mask=mask).logits[:, 3:]
+    )
+
+
+def test_wrong_inputs_are_refused():
+    model, tokens = random_model(), random_tokens(2, 5)
+    with pytest.raises(ValueError, match="input_ids, inputs_embeds: expected exactly one"):
+        model()
+    with pytest.raises(ValueError, match="input_ids, inputs_embeds: expected exactly one"):
+        model(tokens, inputs_embeds=torch.zeros(2, 5, 32))
+    for shape in [(2, 4), (2, 6), (1, 5), (2, 5, 1)]:
+        with pytest.raises(ValueError, match=r"attention_mask: expected shape \[B, T\] = \[2, 5\]"):
+            model(tokens, attention_mask=torch.ones(shape))
+    cache = model(tokens).past_key_values
+    with pytest.raises(ValueError, match="padding after a token"):
+        model(tokens, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values: expected a state of 2 layers"):
+        model(tokens, past_key_values=TemporalRwkvCache(3))
+
+
+@torch.no_grad()
+def test_embeddings_and_some_logits():
+    model, tokens = random_model(), random_tokens(2, 5)
+    full = model(tokens, output_hidden_states=True)
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(tokens)).logits, full.logits)
+    assert torch.equal(model(tokens, logits_to_keep=2).logits, full.logits[:, -2:])
+    assert torch.equal(model(tokens, logits_to_keep=torch.tensor([0, 3])).logits, full.logits[:, [0, 3]])
+    assert len(full.hidden_states) == 3
+    assert torch.equal(model.head(full.hidden_states[-1]), full.logits)
+    assert torch.equal(model(tokens, return_dict=False)[0], full.logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(tmp_path, kind):
+    model, tokens = random_model(kind), random_tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for cls in (TemporalRwkvForCausalLM, AutoModelForCausalLM):
+            again = cls.from_pretrained(tmp_path)
+            assert isinstance(again, TemporalRwkvForCausalLM)
+            assert torch.equal(again(tokens).logits, expected)
+        base = AutoModel.from_pretrained(tmp_path)
+        assert isinstance(base, TemporalRwkvModel)
+        assert torch.equal(model.head(base(tokens).last_hidden_state), expected)
+
+
+def test_tied_embeddings(tmp_path):
+    model = random_model(tie_word_embeddings=True)
+    assert model.head.weight is model.rwkv.emb.weight
+    model.save_pretrained(tmp_path)
+    again = TemporalRwkvForCausalLM.from_pretrained(tmp_path)
+    assert again.head.weight is again.rwkv.emb.weight
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_keeps_decay_and_bonus_in_float32(tmp_path, kind):
+    model, tokens = random_model(kind), random_tokens(2, 40)
+    model.save_pretrained(tmp_path)
+    low = TemporalRwkvForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, parameter in low.named_parameters():
+        wide = name.endswith(("time_decay", "time_first"))
+        assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
+    with torch.no_grad():
+        expected, output = model(tokens).logits, low(tokens)
+    assert output.logits.dtype == torch.bfloat16
+    assert output.past_key_values.layers[0].wkv.dtype == torch.float32
+    assert (output.logits - expected).square().mean() < (0.03**2) * expected.square().mean()
+
+
+@pytest.mark.parametrize("kind", ["layer", "stream"])
+def test_freeze_base_trains_what_perspectives_add_and_nothing_else(kind):
+    model, tokens = random_model(kind).train(), random_tokens(2, 12)
+    assert model.freeze_base() is model
+    added = dict(model.perspective_parameters())
+    assert {name for name, x in model.named_parameters() if x.requires_grad} == set(added)
+    assert model.count_parameters().trainable == sum(x.numel() for x in added.values())
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    optimizer = torch.optim.Adam([x for x in model.parameters() if x.requires_grad], lr=0.01)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed == set(added)
+
+
+def test_perspective_parameters_are_the_chosen_vectors_and_the_selectors():
+    names = {name.removeprefix("rwkv.") for name, _ in random_model("layer").perspective_parameters()}
+    expected = {f"blocks.{i}.att.{x}" for i in range(2) for x in ("time_decay", "time_first")}
+    assert names == expected | {
+        f"blocks.{i}.att.selector.gate.{x}" for i in range(2) for x in ("weight", "bias")
+    }
+    stream = random_model("stream, learned", perspective_vectors=["time_mix_k", "channel_mix_r"])
+    names = {name.removeprefix("rwkv.") for name, _ in stream.perspective_parameters()}
+    expected = {f"blocks.{i}.{x}" for i in range(2) for x in ("att.time_mix_k", "ffn.time_mix_r")}
+    assert names == expected | {"selector.logits"}
+
+
+def test_freeze_base_may_leave_the_head_and_works_with_one_perspective():
+    model = random_model("rwkv4").freeze_base(train_head=True)
+    trainable = {name.split(".")[-1] for name, x in model.named_parameters() if x.requires_grad}
+    assert trainable == {"time_decay", "time_first", "weight"} and model.head.weight.requires_grad
+    assert not random_model("rwkv4").freeze_base().head.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_from_scratch_learns(kind):
+    torch.manual_seed(0)
+    model = TemporalRwkvForCausalLM(TemporalRwkvConfig(**SIZES, **KINDS[kind], selector_noise=0.1)).train()
+    tokens = random_tokens(4, 16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(30):
+        loss = model(tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(torch.tensor(64.0).log().item(), abs=0.3)
+    assert losses[-1] < 0.5 * losses[0]
+    if kind != "rwkv4":
+        for name, rows in model.perspective_parameters():
+            if "selector" not in name:
+                assert not torch.allclose(rows[0], rows[1], atol=1e-4), name
+
+
+def test_every_parameter_gets_a_gradient():
+    for kind in KINDS:
+        model, tokens = random_model(kind).train(), random_tokens(2, 9)
+        model(tokens, labels=tokens).loss.backward()
+        missing = [name for name, x in model.named_parameters() if x.grad is None or not x.grad.any()]
+        assert not missing, (kind, missing)
+
+
+@pytest.mark.parametrize("kind", ["layer", "stream"])
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    tokens, grads = random_tokens(2, 9), []
+    for checkpointing in (False, True):
+        model = random_model(kind).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(tokens, labels=tokens).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*grads, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_loss_is_divided_by_the_items_of_the_whole_batch():
+    model, tokens = random_model(), random_tokens(2, 9)
+    mean = model(tokens, labels=tokens).loss
+    assert torch.allclose(model(tokens, labels=tokens, num_items_in_batch=32).loss, mean / 2)
+    labels = tokens.clone()
+    labels[:, :5] = -100
+    logits = model(tokens).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, 4:-1].flatten(0, 1), tokens[:, 5:].flatten())
+    assert torch.allclose(model(tokens, labels=labels).loss, expected)
