@@ -72,3 +72,11 @@ def finish_output(output: Tensor, weights: Tensor | None, v: Tensor, call: Kerne
     if weights is None:
         return per_perspective
     return aggregate(per_perspective, weights).to(v.dtype)
+
+
+def aggregate_backward(grad_output: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the weights, and of y [B, T, P, C], from that of `aggregate(y, weights)`; float32."""
+    g = grad_output.float().unsqueeze(2)
+    reduced = {1: (0, 1, 3), 2: (0, 1), 3: (3,)}[weights.ndim]
+    per_token = weights.float()[..., None] if weights.ndim != 2 else weights.float()
+    return (g * y).sum(reduced), g * per_token
