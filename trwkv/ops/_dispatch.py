@@ -23,7 +23,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "auto":
-        return "triton" if device.type == "cuda" and _HAS_TRITON and dtype != torch.float64 else "reference"
+        return "triton" if device.type == "cuda" and _HAS_TRITON and dtype != torch.float64 else "torch"
     if backend == "triton":
         _require_triton(device, dtype)
     return backend
