@@ -61,8 +61,8 @@ def lambada_passages(
     """Make `n` LAMBADA-like passages, each `{"text": passage}`; the last word is the target.
 
     The target is drawn uniformly from :data:`OBJECTS`, independently of everything else in the passage, and
-    occurs exactly twice: in the first or second sentence, and as the last word. Guessing without that sentence
-    is right once in `len(OBJECTS)` times and has a last-word perplexity of at least `len(OBJECTS)`.
+    occurs exactly twice: in the first or second sentence, and as the last word. Guessing without that
+    sentence is right once in `len(OBJECTS)` times, with a last-word perplexity of at least `len(OBJECTS)`.
 
     Args:
         n: how many passages, at least 1.

@@ -1,0 +1,249 @@
+"""Training that can be killed and continued: Hugging Face's Trainer with this library's settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from trwkv.data import TokenBlocks
+
+__all__ = ["PeakMemory", "TrainingInterrupted", "TrainingResult", "held_out_loss", "train"]
+
+#: The paper lowers the learning rate from 3e-5 to 1e-5; any other learning rate falls by the same factor.
+FINAL_LEARNING_RATE_SHARE = 1 / 3
+_LOGS_PER_RUN = 20
+_LOGS_PER_CHECKPOINT = 4
+
+
+class TrainingInterrupted(Exception):
+    """Training stopped on a signal, after writing a checkpoint."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What one call of :func:`train` measured.
+
+    Attributes:
+        history: `(step, training loss)` pairs, each loss the mean over the steps since the pair before; also
+            those of the runs that this one continued.
+        tokens_per_second: of this call alone, with logging and checkpoints.
+        seconds: of this call alone.
+        peak_memory_mib: on a GPU, the most that torch had allocated there; on Linux without a GPU, the most
+            main memory that the process had; elsewhere None.
+    """
+
+    history: list[tuple[int, float]]
+    tokens_per_second: float
+    seconds: float
+    peak_memory_mib: float | None
+
+
+def train(
+    model: PreTrainedModel,
+    blocks: TokenBlocks,
+    folder: str | Path,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    device: str = "cpu",
+    bf16: bool = False,
+) -> TrainingResult:
+    """Train the parameters of `model` that require a gradient, in place, by next-token cross-entropy.
+
+    AdamW (betas 0.9 and 0.999, no weight decay), gradient norm clipped at 1, 5 % linear warm-up, then a
+    cosine from `learning_rate` down to a third of it. Checkpoints go to `folder`; if it already holds one,
+    training continues there and ends with the weights of a run that was never stopped. On Ctrl-C or SIGTERM
+    the current step is finished and a checkpoint written. A finished training removes `folder`.
+
+    Args:
+        model: on any device; it is moved to `device`.
+        blocks: the training text; every pass over it has another order, fixed by `seed`.
+        folder: for checkpoints; for no other use.
+        steps: optimizer steps, counted from the beginning.
+        batch_size: blocks per step.
+        learning_rate: the largest one, reached after the warm-up.
+        seed: of the order of the blocks, and of whatever the model draws while it trains.
+        device: "cpu" or "cuda".
+        bf16: compute in bfloat16 where autocast says so; the weights stay in their own type.
+
+    Raises:
+        TrainingInterrupted: a signal stopped the training; call again with the same arguments to continue.
+    """
+    folder = Path(folder)
+    watch = _Watch(torch.device(device))
+    trainer = Trainer(
+        model=model,
+        args=_arguments(
+            folder,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            device=device,
+            bf16=bf16,
+        ),
+        train_dataset=blocks,
+        callbacks=[watch],
+    )
+    checkpoint = _last_checkpoint(folder)
+    with watch.handling_signals():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if watch.stopped:
+        raise TrainingInterrupted(trainer.state.global_step)
+    shutil.rmtree(folder, ignore_errors=True)
+    block_tokens = len(blocks[0]["input_ids"])
+    return TrainingResult(
+        history=[(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log],
+        tokens_per_second=watch.steps * batch_size * block_tokens / watch.seconds,
+        seconds=watch.seconds,
+        peak_memory_mib=watch.peak_memory_mib,
+    )
+
+
+def held_out_loss(
+    model: PreTrainedModel, blocks: TokenBlocks, *, batch_size: int, device: str = "cpu", bf16: bool = False
+) -> float:
+    """The mean next-token cross-entropy of `blocks` in nats, without training on them."""
+    args = TrainingArguments(
+        per_device_eval_batch_size=batch_size,
+        use_cpu=device == "cpu",
+        bf16=bf16,
+        report_to="none",
+        prediction_loss_only=True,
+    )
+    return Trainer(model=model, args=args, eval_dataset=blocks).evaluate()["eval_loss"]
+
+
+def _arguments(
+    folder: Path, *, steps: int, batch_size: int, learning_rate: float, seed: int, device: str, bf16: bool
+) -> TrainingArguments:
+    logging_steps = max(1, steps // _LOGS_PER_RUN)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": FINAL_LEARNING_RATE_SHARE},
+        warmup_steps=steps // 20,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device == "cpu",
+        bf16=bf16,
+        logging_steps=logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=logging_steps * _LOGS_PER_CHECKPOINT,
+        save_total_limit=1,
+        report_to="none",
+        remove_unused_columns=False,
+    )
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`: the Trainer writes `trainer_state.json` last."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in reversed(checkpoints):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return checkpoint
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+class _Watch(TrainerCallback):
+    """Measures the steps of this process, and turns a signal into a checkpoint and a stop after the step."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stopped = False
+        self.steps = 0
+        self.seconds = 0.0
+        self.peak_memory_mib: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first_step = state.global_step
+        self._memory = PeakMemory(self.device)
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._start
+        self.steps = state.global_step - self._first_step
+        self.peak_memory_mib = self._memory.mib()
+        self.stopped = self.stopped and state.global_step < state.max_steps
+
+    @contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM here (only possible in the main thread), and as before afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        print("\nStopping after this step, with a checkpoint; once more to stop at once.", file=sys.stderr)
+
+
+class PeakMemory:
+    """The most memory used since this object was made: torch's on a GPU, the process's on Linux."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._known = True
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+        except OSError:
+            self._known = False
+
+    def mib(self) -> float | None:
+        """The peak in MiB; None where the operating system does not tell it."""
+        if not self._known:
+            return None
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
