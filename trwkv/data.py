@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -200,7 +200,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
     path = Path(source)
     if path.is_file():
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
     elif path.is_dir() or is_hub_id(source):
         if not path.is_dir():
             check_hub(source, 'the path of a tokenizer.json file, or "bytes"')

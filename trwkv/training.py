@@ -114,7 +114,7 @@ def train(
     shutil.rmtree(folder, ignore_errors=True)
     block_tokens = len(blocks[0]["input_ids"])
     return TrainingResult(
-        history=[(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log],
+        history=[(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log],
         tokens_per_second=watch.steps * batch_size * block_tokens / watch.seconds,
         seconds=watch.seconds,
         peak_memory_mib=watch.peak_memory_mib,

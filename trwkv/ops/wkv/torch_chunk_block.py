@@ -186,7 +186,7 @@ def pack_states(p: Problem, exp: Tensor, sums: Tensor) -> Tensor:
 
 
 def columns(
-    p: Problem, block: Block, k: Tensor, v: Tensor, at: tuple[Tensor, Tensor, Tensor]
+    p: Problem, block: Block, k: Tensor, v: Tensor, at: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """k, v [L, M] and w, u [P, M] of M columns, float64. `at`: batch row, chunk and channel of each, [M]."""
     b, n, c = at

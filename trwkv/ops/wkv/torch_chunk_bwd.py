@@ -50,7 +50,7 @@ class _Gradients(NamedTuple):
 class _Columns(NamedTuple):
     """The columns of a block that are computed exactly, from token `first` on."""
 
-    at: tuple[Tensor, Tensor, Tensor]  # batch row, chunk, channel
+    at: tuple[Tensor, ...]  # batch row, chunk, channel
     first: Tensor  # [M]
     v: Tensor  # [L, M]
     w: Tensor  # [P, M]
