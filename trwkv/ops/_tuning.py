@@ -27,11 +27,11 @@ class Config:
 
 
 CONFIGS = {
-    1: Config(64, 16, 64, 16),
-    2: Config(64, 16, 64, 8),
-    3: Config(64, 16, 32, 8),
-    4: Config(64, 16, 32, 8),
-    8: Config(32, 8, 32, 4),
+    1: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
+    2: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
+    3: Config(fwd_block_c=64, fwd_block_t=8, bwd_block_c=32, bwd_block_t=8),
+    4: Config(fwd_block_c=64, fwd_block_t=8, bwd_block_c=32, bwd_block_t=8),
+    8: Config(fwd_block_c=32, fwd_block_t=4, bwd_block_c=32, bwd_block_t=4),
 }
 
 TARGET_PROGRAMS = 2048

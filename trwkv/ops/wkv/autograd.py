@@ -19,7 +19,7 @@ torch.library.define(
 )
 torch.library.define(
     "trwkv::wkv_backward",
-    "(Tensor grad_output, Tensor? grad_final_state, Tensor w, Tensor u, Tensor k, Tensor v, Tensor? weights,"
+    "(Tensor grad_output, Tensor? grad_final_state, Tensor final_state, Tensor w, Tensor u, Tensor k, Tensor v, Tensor? weights,"
     " Tensor? initial_state, Tensor checkpoint, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -83,10 +83,15 @@ def _no_checkpoint(k: Tensor) -> Tensor:
 
 
 @torch.library.impl("trwkv::wkv_backward", "CompositeExplicitAutograd")
-def _backward(grad_output, grad_final_state, w, u, k, v, weights, initial_state, checkpoint, backend):
+def _backward(
+    grad_output, grad_final_state, final_state, w, u, k, v, weights, initial_state, checkpoint, backend
+):
     chunked = _chunk_backend(backend)
     if checkpoint.numel() == 0 and k.numel() > 0:  # the recurrent forward keeps none
-        *_, checkpoint = chunked.chunk_forward(w, u, k, v, weights, initial_state, save=True)
+        _, chunk_state, checkpoint = chunked.chunk_forward(w, u, k, v, weights, initial_state, save=True)
+        if grad_final_state is not None:  # the two may write the same sums with different exponents
+            shift = chunk_state[:, 2:].double() - final_state[:, 2:].double()
+            grad_final_state = (grad_final_state.double() * torch.exp(shift)).to(grad_final_state.dtype)
     grads = chunked.chunk_backward(
         grad_output, grad_final_state, w, u, k, v, weights, initial_state, checkpoint
     )
@@ -94,27 +99,29 @@ def _backward(grad_output, grad_final_state, w, u, k, v, weights, initial_state,
 
 
 @torch.library.register_fake("trwkv::wkv_backward")
-def _backward_fake(grad_output, grad_final_state, w, u, k, v, weights, initial_state, checkpoint, backend):
+def _backward_fake(
+    grad_output, grad_final_state, final_state, w, u, k, v, weights, initial_state, checkpoint, backend
+):
     inputs = (w, u, k, v, weights, initial_state)
     return tuple(k.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _setup_context(ctx, inputs, output):
     w, u, k, v, weights, initial_state, ctx.backend, _, _ = inputs
-    ctx.save_for_backward(w, u, k, v, weights, initial_state, output[2])
+    ctx.save_for_backward(w, u, k, v, weights, initial_state, *output[1:])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_output, grad_final_state, _grad_checkpoint):
-    w, u, k, v, weights, initial_state, checkpoint = ctx.saved_tensors
+    w, u, k, v, weights, initial_state, final_state, checkpoint = ctx.saved_tensors
     if grad_output is None and grad_final_state is None:
         return (None,) * 9
     if grad_output is None:
         P, C = w.shape
         grad_output = v.new_zeros((*k.shape[:2], P, C) if weights is None else (*k.shape[:2], C))
     grads = torch.ops.trwkv.wkv_backward(
-        grad_output, grad_final_state, w, u, k, v, weights, initial_state, checkpoint, ctx.backend
+        grad_output, grad_final_state, final_state, w, u, k, v, weights, initial_state, checkpoint, ctx.backend
     )
     inputs = (w, u, k, v, weights, initial_state)
     return (*(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None, None)

@@ -97,8 +97,7 @@ def fast_tile_bwd(
             for p in tl.static_range(P):
                 A_rows += (tl.fma(A_rows[j * P + p], W[p], ev),)
                 B_rows += (tl.fma(B_rows[j * P + p], W[p], e_rows[j]),)
-    for i in tl.static_range(BLOCK_T):
-        j: tl.constexpr = BLOCK_T - 1 - i
+    for j in tl.static_range(BLOCK_T - 1, -1, -1):
         e = e_rows[j]
         j_v = v_rows[j].to(tl.float32)
         grad_y, g = load_grad_y(grad_output, weights, row + j, c, C, P, BLOCK_C, WEIGHTS)
