@@ -275,6 +275,7 @@ def _grad_y(
     if weights is None:
         here = here.flatten(-2).unsqueeze(0) if p.own else here.movedim(-2, 0)
         return here.to(p.dtype)
+    here = here.to(p.dtype)  # a weight without axes would not promote it
     grad_y = like.new_empty(like.shape[1:])
     for out, weight in zip(p.split(grad_y), weights_at(p, block, weights, j), strict=True):
         torch.mul(here, weight, out=out)
