@@ -1,0 +1,98 @@
+"""The generated passages and the byte-level tokenizer."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trwkv.synthetic import OBJECTS, byte_tokenizer, lambada_passages
+
+
+def test_last_word_occurs_once_before_and_early():
+    for row in lambada_passages(500, seed=1):
+        context, _, target = row["text"].rpartition(" ")
+        assert target in OBJECTS
+        sentences = context.split(". ")
+        assert [target in sentence.split() for sentence in sentences].count(True) == 1
+        assert any(target in sentence.split() for sentence in sentences[:2])
+        assert len(sentences) >= 4
+
+
+def test_no_other_object_is_named():
+    for row in lambada_passages(500, seed=2):
+        words = row["text"].replace(".", "").split()
+        assert {word for word in words if word in OBJECTS} == {words[-1]}
+
+
+def test_targets_are_uniform_and_distinct_in_their_first_letter():
+    assert len({word[0] for word in OBJECTS}) == len(OBJECTS)
+    targets = [row["text"].rpartition(" ")[2] for row in lambada_passages(4800)]
+    counts = [targets.count(word) for word in OBJECTS]
+    assert sum(counts) == 4800
+    assert all(130 < count < 280 for count in counts)  # 200 expected, standard deviation 14
+
+
+@pytest.mark.parametrize("clue", [r"the (\w+)", r"^\w+ (?:last )?(\w+)", r"(\w+) "])
+def test_target_is_independent_of_the_closing_sentence(clue):
+    """Place, name or form of the closing sentence: the best guess from one of them is hardly better than chance."""
+    targets: dict[str, list[str]] = {}
+    rows = lambada_passages(12000)
+    for row in rows:
+        context, _, target = row["text"].rpartition(" ")
+        targets.setdefault(re.search(clue, context.split(". ")[-1])[1], []).append(target)
+    right = sum(max(found.count(word) for word in OBJECTS) for found in targets.values())
+    assert 2 <= len(targets) <= 16
+    assert right / len(rows) < 1.5 / len(OBJECTS)
+
+
+def test_splits_differ_and_a_seed_repeats():
+    train, evaluation = lambada_passages(20000), lambada_passages(300, split="eval")
+    assert not {row["text"] for row in train} & {row["text"] for row in evaluation}
+    assert lambada_passages(50) == train[:50]
+    assert lambada_passages(50, seed=3) != train[:50]
+
+
+def test_one_passage_is_the_same_on_every_machine():
+    assert lambada_passages(1, seed=7)[0]["text"] == EXPECTED
+
+
+EXPECTED = (
+    "Karin had hidden the hammer in the harbor. The dog and the mouse slept by the fire. The "
+    "letters came late that year. The road was still and very long. The letters came late that "
+    "year. At last Karin looked in the harbor and found the hammer"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"n": 0}, "n: expected at least 1"),
+        ({"n": 1, "split": "test"}, 'split: expected "train" or "eval"'),
+        ({"n": 1, "n_fillers": (3, 2)}, "n_fillers: expected 0 <= least <= largest"),
+    ],
+)
+def test_bad_arguments(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        lambada_passages(**arguments)
+
+
+TOKENIZER = byte_tokenizer()
+
+
+@given(st.text())
+@settings(derandomize=True, deadline=None)
+def test_ids_are_the_utf8_bytes(text):
+    ids = TOKENIZER(text).input_ids
+    assert ids == list(text.encode())
+    assert TOKENIZER.decode(ids) == text
+
+
+def test_byte_tokenizer_loads_again(tmp_path):
+    from transformers import AutoTokenizer
+
+    TOKENIZER.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(loaded) == 256
+    assert loaded.eos_token_id == loaded.pad_token_id == 0
+    assert loaded("Ā\n a\0").input_ids == list("Ā\n a\0".encode())
