@@ -11,6 +11,7 @@ is 1. Progress goes to stderr, the table and a summary to stdout.
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.load = _load_average()
         self.clock = Clock(options.device)
         self.copy = copy_speed(self.clock, seconds=options.seconds)
         _say(f"copy: {self.copy / 1e9:.3g} GB/s")
@@ -132,6 +134,7 @@ class Benchmark:
             "commit": _commit(),
             "environment": environment(self.options.device),
             "options": {name: getattr(self.options, name) for name in kept},
+            "load_average_before": self.load,
             "copy_gb_per_second": self.copy / 1e9,
             "rows": self.rows,
             "wrong": self.wrong,
@@ -149,6 +152,11 @@ def _selected(results: dict[str, Any], options: argparse.Namespace) -> dict[str,
         and (not options.perspectives or row["perspectives"] in options.perspectives)
     ]
     return {**results, "rows": rows}
+
+
+def _load_average() -> float | None:
+    """Programs that were running in the last minute: above zero they shared the machine with this one."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _commit() -> str:
