@@ -16,7 +16,7 @@ made per channel and batch row: neighbours have no say in it.
 State convention of every backend: (num, den, exp) stands for num * e^exp and den * e^exp. The final state's exp is a
 constant of the representation: its incoming gradient is ignored, and the gradient of the true sums is that of num and
 den times e^-exp. The gradient of the initial state's exp is exact, num * grad_num + den * grad_den. Here the final
-state has den near 1, or is (0, 0, EMPTY_EXP) when empty.
+state has den near 1 (after a single token, at least that of the initial state), or is (0, 0, EMPTY_EXP) when empty.
 """
 
 import torch
@@ -30,6 +30,7 @@ from trwkv.ops.wkv.torch_chunk_block import (
     block_ranges,
     carried_in,
     columns,
+    inner_rows,
     load,
     pack_states,
     scan_chunks,
@@ -60,6 +61,9 @@ def chunk_forward(
     p = set_up(w, u, k)
     exp, sums = unpack_state(p, initial_state, w)
     output = _empty_output(p, v, weights)
+    if p.tokens == 1 and not save:
+        last = _decode(p, k, v, weights, exp, sums, output)
+        return output, p.public(last).movedim(0, 1).contiguous(), k.new_empty(0, dtype=torch.float32)
     checkpoint = empty_checkpoint(w, k) if save else k.new_empty(0, dtype=torch.float32)
     done = 0
     for bounds in block_ranges(p):
@@ -126,31 +130,64 @@ def _write_output(
     sums: Tensor,
     output: Tensor,
 ) -> None:
+    """The outputs of a block from the states at its chunks' starts, exps [N, P, B, C] and sums [N, 2, P, B, C]."""
     block, state = carried_in(p, block, exps, sums)
     exact = None
     if block.bad is not None:
         at = b, n, c = torch.nonzero(block.bad < block.length, as_tuple=True)
         cols = columns(p, block, k, v, at)
         steps, _, _ = walk(*cols, exps[n, :, b, c].T, sums[n, :, :, b, c].movedim(0, 2))
-        exact = at, block.bad[at], [s.y.to(p.dtype) for s in steps]
+        exact = block.bad[at], [s.y.to(p.dtype) for s in steps]
     both = torch.empty_like(state)
-    target = block.view(output)  # [L, B, N, (P,) C]
+    rows = inner_rows(p, block, output) if weights is None else block.view(output)
     for j, terms in enumerate(block.terms.unsqueeze(2).unbind(1)):
         torch.addcmul(state, p.bonus, terms, out=both)
         torch.addcmul(terms, state, p.decay, out=state)
-        y = torch.div(both[0], both[1], out=both[0])
+        y = torch.div(both[0], both[1], out=rows[j] if weights is None else both[0])
+        if block.start + j == 0:
+            y[:, :, 0] = _first_output(p, k, v, exps[0], sums[0]).to(p.dtype)
         if exact is not None:
-            (b, n, c), first, ys = exact
-            y[:, b, n, c] = torch.where(first <= j, ys[j], y[:, b, n, c])
-        if weights is None:
-            for q, y_q in enumerate(p.split(y)):
-                target[j, ..., q, :] = y_q
-        else:
-            target[j] = _aggregate(p.split(y), weights_at(p, block, weights, j))
+            first, ys = exact
+            y[:, b, n, c] = torch.where(first <= j, ys[j].to(y.dtype), y[:, b, n, c])
+        if weights is not None:
+            _aggregate(p.split(y), weights_at(p, block, weights, j), rows[j])
 
 
-def _aggregate(ys: list[Tensor], weights: list[Tensor]) -> Tensor:
-    total = ys[0] * weights[0]
-    for y, weight in zip(ys[1:], weights[1:], strict=True):
-        total += y * weight
-    return total
+def _first_output(p: Problem, k: Tensor, v: Tensor, exp: Tensor, sums: Tensor) -> Tensor:
+    """The very first token's output [P, B, C], computed as `_decode` does: bitwise the same if it comes alone."""
+    step, _, _ = walk(*_token(k, v), p.w, p.u, exp, sums)
+    return step[0].y
+
+
+def _token(k: Tensor, v: Tensor) -> list[Tensor]:
+    """k and v of the first token, [1, B, C] in the inner layout, float64."""
+    return [x[:, 0].flatten(1).double().unsqueeze(0) for x in (k, v)]
+
+
+def _decode(
+    p: Problem, k: Tensor, v: Tensor, weights: Tensor | None, exp: Tensor, sums: Tensor, output: Tensor
+) -> Tensor:
+    """T = 1 without a gradient: one exact step. Writes the output, returns the state after."""
+    (step,), exp, sums = walk(*_token(k, v), p.w, p.u, exp, sums)
+    y = step.y.to(p.dtype).unsqueeze(2)  # [P, B, 1, C]
+    if weights is None:
+        output.copy_(p.public(y.squeeze(2)).unsqueeze(1))
+    else:
+        block = Block(0, 1, 1, k, k, None)
+        _aggregate(p.split(y), weights_at(p, block, weights, 0), output)
+    state = torch.empty((3, *exp.shape), dtype=p.dtype, device=k.device)
+    state[2] = exp
+    torch.mul(sums, torch.exp(exp - state[2]), out=state[:2])  # what rounding takes from the exponent
+    return state
+
+
+def _aggregate(y: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Sum over the perspectives, first to last, of y [P, B, N, C] into out [B, N, C]."""
+    *others, last = zip(y.unbind(0), weights.unbind(0), strict=True)
+    if not others:
+        torch.mul(*last, out=out)
+        return
+    total = torch.mul(*others[0])
+    for y_p, weight in others[1:]:
+        total.addcmul_(y_p, weight)
+    torch.addcmul(total, *last, out=out)

@@ -40,11 +40,9 @@ class Problem(NamedTuple):
     bonus: Tensor  # [P, 1, 1, C] exp(u)
     outside: Tensor | None  # [C], channels whose w or u is out of the fast path's bounds; None: none is
 
-    def split(self, y: Tensor) -> list[Tensor]:
-        """[P, ..., C] in the inner layout -> one [..., C] per perspective in the caller's."""
-        if not self.own:
-            return list(y.unbind(0))
-        return list(y[0].unflatten(-1, (self.perspectives, -1)).unbind(-2))
+    def split(self, y: Tensor) -> Tensor:
+        """[P, B, N, C] in the inner layout -> a view of that shape in the caller's."""
+        return y[0].unflatten(-1, (self.perspectives, -1)).movedim(-2, 0) if self.own else y
 
     def public(self, x: Tensor) -> Tensor:
         """[..., P, B, C] in the inner layout -> [..., B, P, C] in the caller's."""
@@ -194,8 +192,15 @@ def columns(
     return k_cols, v_cols, p.w[:, 0, c], p.u[:, 0, c]
 
 
-def weights_at(p: Problem, block: Block, weights: Tensor, j: int) -> list[Tensor]:
-    """Weights of the block's tokens at chunk position j, one per perspective, to multiply [B, N, C] with."""
-    if weights.ndim < 3:
-        return list(weights.to(p.dtype).unbind(0))
-    return list(block.view(weights)[j].to(p.dtype).unsqueeze(-2).unbind(-1))
+def weights_at(p: Problem, block: Block, weights: Tensor, j: int) -> Tensor:
+    """Weights of the block's tokens at chunk position j, to multiply `Problem.split(y)`, [P, B, N, C], with."""
+    weights = weights.to(p.dtype)
+    if weights.ndim == 3:
+        return block.view(weights)[j].movedim(-1, 0).unsqueeze(-1)
+    return weights[:, None, None, None] if weights.ndim == 1 else weights[:, None, None]
+
+
+def inner_rows(p: Problem, block: Block, x: Tensor) -> Tensor:
+    """The block's part of x [B, T, P, C] as a view [L, P, B, N, C] in the inner layout."""
+    rows = block.view(x)
+    return rows.flatten(-2).unsqueeze(1) if p.own else rows.movedim(-2, 1)

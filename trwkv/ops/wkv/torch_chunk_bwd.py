@@ -29,6 +29,7 @@ from trwkv.ops.wkv.torch_chunk_block import (
     block_ranges,
     carried_in,
     columns,
+    inner_rows,
     load,
     set_up,
     unpack_state,
@@ -271,14 +272,10 @@ def _grad_y(
     p: Problem, block: Block, grad_output: Tensor, weights: Tensor | None, j: int, like: Tensor
 ) -> Tensor:
     """Gradient of every perspective's own output at chunk position j, [P, B, N, C] in the inner layout."""
-    here = block.view(grad_output)[j]
     if weights is None:
-        here = here.flatten(-2).unsqueeze(0) if p.own else here.movedim(-2, 0)
-        return here.to(p.dtype)
-    here = here.to(p.dtype)  # a weight without axes would not promote it
+        return inner_rows(p, block, grad_output)[j].to(p.dtype)
     grad_y = like.new_empty(like.shape[1:])
-    for out, weight in zip(p.split(grad_y), weights_at(p, block, weights, j), strict=True):
-        torch.mul(here, weight, out=out)
+    torch.mul(block.view(grad_output)[j], weights_at(p, block, weights, j), out=p.split(grad_y))
     return grad_y
 
 
@@ -286,11 +283,10 @@ def _grad_weights(
     p: Problem, grads: _Gradients, block: Block, grad_output: Tensor, y: Tensor, j: int, outer: Tensor | None
 ) -> None:
     here = block.view(grad_output)[j].to(p.dtype)
-    for q, y_q in enumerate(p.split(y)):
-        if outer is None:
-            block.view(grads.weights)[j, ..., q] = (y_q * here).sum(-1)
-        else:
-            outer[q].addcmul_(y_q, here)
+    if outer is None:
+        block.view(grads.weights)[j] = (p.split(y) * here).sum(-1).movedim(0, -1)
+    else:
+        outer.addcmul_(p.split(y), here)
 
 
 def _write_gradients(
@@ -305,7 +301,7 @@ def _write_gradients(
 ) -> None:
     """From the adjoint after each chunk, [2, P, B, N, C], to the gradients of k, v, w and u."""
     v_view = block.view(v).flatten(3)
-    grad_k, grad_v = (block.view(x) for x in (grads.k, grads.v))
+    grad_k, grad_v = (block.view(x).flatten(3) for x in (grads.k, grads.v))
     outer_w, outer_u = torch.zeros_like(adjoint), torch.zeros_like(adjoint[0])
     both, current = torch.empty_like(adjoint), torch.empty_like(outer_u)
     for j in range(block.length - 1, -1, -1):
@@ -317,13 +313,11 @@ def _write_gradients(
         outer_u.addcmul_(current, exps)
         if j:
             torch.addcmul(source, adjoint, p.decay, out=adjoint)
-        towards_k.addcmul_(towards_v, v_here).mul_(exps)
-        towards_v.mul_(exps)
+        torch.mul(towards_k.addcmul_(towards_v, v_here), exps, out=grad_k[j])
+        torch.mul(towards_v, exps, out=grad_v[j])
         if cols is not None:
-            for x, x_exact in ((towards_k, exact.k[j]), (towards_v, exact.v[j])):
+            for x, x_exact in ((grad_k[j], exact.k[j]), (grad_v[j], exact.v[j])):
                 x[cols.at] = torch.where(cols.first <= j, x_exact.to(x.dtype), x[cols.at])
-        grad_k[j] = towards_k.view_as(grad_k[j])
-        grad_v[j] = towards_v.view_as(grad_v[j])
     total_w = (outer_w.sum(0) * p.decay).double()
     total_u = (outer_u * p.bonus).double()
     if cols is not None:
