@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from trwkv.models import TemporalRwkvCache, TemporalRwkvConfig, TemporalRwkvForCausalLM, TemporalRwkvModel
@@ -220,6 +221,31 @@ def test_save_and_load(tmp_path, kind):
         base = AutoModel.from_pretrained(tmp_path)
         assert isinstance(base, TemporalRwkvModel)
         assert torch.equal(model.head(base(tokens).last_hidden_state), expected)
+
+
+def test_what_a_file_lacks_starts_afresh_and_nothing_else(tmp_path):
+    model = random_model("layer")
+    fresh = TemporalRwkvForCausalLM(model.config).state_dict()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    lost = [
+        "rwkv.blocks.1.att.time_first",
+        "rwkv.blocks.0.att.selector.gate.bias",
+        "rwkv.blocks.1.ffn.value.weight",
+    ]
+    for name in lost:
+        del state[name]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = TemporalRwkvForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, expected in model.state_dict().items():
+        assert torch.equal(again[name], fresh[name] if name in lost else expected), name
+
+
+def test_a_fresh_head_and_embedding_are_rwkv4s():
+    model = TemporalRwkvForCausalLM(TemporalRwkvConfig(**SIZES))
+    gram = model.head.weight.T @ model.head.weight
+    torch.testing.assert_close(gram, 0.25 * 2 * torch.eye(32), rtol=1e-4, atol=1e-4)
+    assert 0.9e-4 < model.rwkv.emb.weight.abs().max() <= 1e-4
 
 
 def test_tied_embeddings(tmp_path):

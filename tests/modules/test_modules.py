@@ -135,6 +135,14 @@ def test_selector_noise_is_for_training_only():
     assert torch.equal(quiet(x), quiet(x))
 
 
+def test_selector_starts_close_to_the_mean():
+    """As the paper's code does: weights from N(0, 0.01)."""
+    gate = PerspectiveSelector(2000, P).gate
+    assert gate.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert not gate.bias.any()
+    assert not PerspectiveSelector(C, P, aggregation="learned").logits.any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -17,9 +17,16 @@ from trwkv.models.configuration import TemporalRwkvConfig
 from trwkv.models.outputs import ParameterCount, TemporalRwkvCausalLMOutput, TemporalRwkvOutput
 from trwkv.models.padding import padding_first, reorder, token_mask
 from trwkv.models.weights import rwkv4_state, with_rwkv4_weights
-from trwkv.modules import ChannelMixing, PerspectiveSelector, TimeMixing, merge_perspectives
+from trwkv.modules import (
+    ChannelMixing,
+    PerspectiveSelector,
+    RwkvLinear,
+    SelectorLinear,
+    TimeMixing,
+    merge_perspectives,
+)
 from trwkv.modules.channel_mixing import CHANNEL_VECTORS
-from trwkv.modules.time_mixing import TIME_VECTORS, orthogonal_weight
+from trwkv.modules.time_mixing import TIME_VECTORS
 
 
 class TemporalRwkvBlock(GradientCheckpointingLayer):
@@ -58,6 +65,8 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, past_key_values: TemporalRwkvCache | None = None
     ) -> Tensor:
+        if self.layer_index == 0:
+            x = self.ln0(x)
         cached = past_key_values is not None
         state = LayerState() if past_key_values is None else past_key_values.layers[self.layer_index]
         attention, attention_shift, wkv = self.att(
@@ -88,18 +97,14 @@ class TemporalRwkvPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, TimeMixing | ChannelMixing | PerspectiveSelector):
-            for tensor, value in module.initial_values():
-                init.copy_(tensor, value)
+        # leaf by leaf, and only through functions that spare what a checkpoint has brought
         if isinstance(module, TimeMixing | ChannelMixing):
-            module.reset_matrices()
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+            for parameter, value in module.initial_values():
+                init.copy_(parameter, value)
+        elif isinstance(module, RwkvLinear | SelectorLinear | PerspectiveSelector | nn.LayerNorm):
+            module.reset_parameters()
         elif isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -self.config.initializer_range, self.config.initializer_range)
-        elif isinstance(module, TemporalRwkvForCausalLM) and not self.config.tie_word_embeddings:
-            orthogonal_weight(module.head, 0.5)
 
 
 class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
@@ -151,35 +156,21 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them; got both or neither")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training:
-            if past_key_values is not None:
-                raise ValueError("past_key_values: expected None in training with gradient checkpointing")
-            use_cache = False
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache, cache = self._choose_cache(use_cache, past_key_values)
         B, T = x.shape[:2]
-        mask = token_mask(attention_mask, B, T, past_key_values)
-        order = None
+        mask, order = token_mask(attention_mask, B, T, past_key_values), None
         if mask is not None:
             order = padding_first(mask)
             x, mask = reorder(x, order), mask.gather(1, order)
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = TemporalRwkvCache(len(self.blocks))
-        if cache is not None and len(cache) != len(self.blocks):
-            raise ValueError(
-                f"past_key_values: expected a state of {len(self.blocks)} layers; got {len(cache)}"
-            )
         if cache is not None:
             cache.advance(T, rows_started(mask, B, T, x.device))
 
-        x = self.blocks[0].ln0(x)  # type: ignore
         if self.has_streams:
             x = x.unsqueeze(2).expand(-1, -1, self.config.n_perspectives, -1)
         hidden_states = []
         for block in self.blocks:
-            hidden_states.append(x)
+            hidden_states += [x] if output_hidden_states else []
             x = block(x, mask, past_key_values=cache)
         x = self.ln_out(x)
         if self.has_streams:
@@ -187,17 +178,31 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         hidden_states.append(x)
         if order is not None:
             inverse = torch.argsort(order, dim=1)
-            hidden_states = [reorder(h, inverse) for h in (hidden_states if output_hidden_states else [x])]
+            hidden_states = [reorder(h, inverse) for h in hidden_states]
         return TemporalRwkvOutput(
             last_hidden_state=hidden_states[-1],
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
 
+    def _choose_cache(
+        self, use_cache: bool | None, cache: TemporalRwkvCache | None
+    ) -> tuple[bool, TemporalRwkvCache | None]:
+        """Whether to return the state, and the one to update (None: none)."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            if cache is not None:
+                raise ValueError("past_key_values: expected None in training with gradient checkpointing")
+            return False, None
+        layers = len(self.blocks)
+        if cache is not None and len(cache) != layers:
+            raise ValueError(f"past_key_values: expected a state of {layers} layers; got {len(cache)}")
+        return use_cache, TemporalRwkvCache(layers) if cache is None and use_cache else cache
+
 
 class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
-    """The model with its head. `from_rwkv4` gives an RWKV-4 checkpoint perspectives; `to_rwkv4` writes
-    one."""
+    """The model with its head. `from_rwkv4` gives an RWKV-4 checkpoint perspectives; `to_rwkv4` writes one."""
 
     _tied_weights_keys = {"head.weight": "rwkv.emb.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True
@@ -205,7 +210,7 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
     def __init__(self, config: TemporalRwkvConfig) -> None:
         super().__init__(config)
         self.rwkv = TemporalRwkvModel(config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = RwkvLinear(config.hidden_size, config.vocab_size, scale=0.5)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -214,11 +219,11 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, embeddings: nn.Module) -> None:
         self.rwkv.emb = embeddings  # type: ignore
 
-    def get_output_embeddings(self) -> nn.Linear:
+    def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def set_output_embeddings(self, head: nn.Linear) -> None:
-        self.head = head
+    def set_output_embeddings(self, head: nn.Module) -> None:
+        self.head = head  # type: ignore
 
     @classmethod
     def from_rwkv4(
@@ -239,7 +244,7 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
 
         Without `perspective_noise` the model computes the base's function exactly; but equal perspectives
         learn apart only through the selector (which starts from small random weights): with any other
-            aggregation, add noise.
+        aggregation, add noise.
 
         Args:
             source: see `trwkv.convert.read_rwkv4`, also for what it raises.

@@ -13,8 +13,8 @@ from trwkv.models.cache import TemporalRwkvCache
 class TemporalRwkvOutput(ModelOutput):
     """Output of `TemporalRwkvModel`.
 
-    `last_hidden_state` is [B, T, C]. `hidden_states` holds the input of each block ([B, T, C], or [B, T, P,
-    C] for streams) and then `last_hidden_state`.
+    `last_hidden_state` is [B, T, C]. `hidden_states` holds the input of each block ([B, T, C], or [B, T, P, C]
+    for streams) and then `last_hidden_state`.
     """
 
     last_hidden_state: Tensor | None = None
@@ -24,8 +24,7 @@ class TemporalRwkvOutput(ModelOutput):
 
 @dataclass
 class TemporalRwkvCausalLMOutput(ModelOutput):
-    """Output of `TemporalRwkvForCausalLM`: `logits` [B, T, vocab_size], the rest as in
-    `TemporalRwkvOutput`."""
+    """Output of `TemporalRwkvForCausalLM`: `logits` [B, T, vocab_size], the rest as in `TemporalRwkvOutput`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trwkv.modules.time_mixing import orthogonal_weight, perspective_rows, vector_shape
-from trwkv.modules.token_shift import time_mix, token_shift
+from trwkv.modules.linear import RwkvLinear
+from trwkv.modules.time_mixing import perspective_rows, vector_shape
+from trwkv.modules.token_shift import absent, time_mix, token_shift
 
 CHANNEL_VECTORS = ("channel_mix_k", "channel_mix_r")
 
@@ -20,7 +21,7 @@ class ChannelMixingOutput(NamedTuple):
 
 
 class ChannelMixing(nn.Module):
-    r"""RWKV-4's channel mixing (arXiv 2305.13048, equation 18).
+    r"""RWKV-4's channel mixing (arXiv 2305.13048, equations 14, 15, 18).
 
     With x' the previous token and mu the time mixes::
 
@@ -65,9 +66,9 @@ class ChannelMixing(nn.Module):
         for name in CHANNEL_VECTORS:
             shape = vector_shape(hidden_size, n_perspectives, name in perspective_vectors)
             self.register_parameter(name.replace("channel", "time"), nn.Parameter(torch.empty(shape)))
-        self.key = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.receptance = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.value = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.key = RwkvLinear(hidden_size, intermediate_size)
+        self.receptance = RwkvLinear(hidden_size, hidden_size, scale=0)
+        self.value = RwkvLinear(intermediate_size, hidden_size, scale=0)
         self.reset_parameters()
 
     def initial_values(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -83,16 +84,9 @@ class ChannelMixing(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """RWKV-4's initialisation: the vectors on their curves, then `reset_matrices`."""
+        """The vectors on their curves (the matrices look after themselves: key orthogonal, the others zero)."""
         for parameter, value in self.initial_values():
             parameter.copy_(value)
-        self.reset_matrices()
-
-    def reset_matrices(self) -> None:
-        """Value and receptance from zero, key orthogonal."""
-        for linear in (self.value, self.receptance):
-            nn.init.zeros_(linear.weight)
-        orthogonal_weight(self.key)
 
     def forward(
         self,
@@ -104,7 +98,7 @@ class ChannelMixing(nn.Module):
     ) -> ChannelMixingOutput:
         """Mix over channels; arguments as in `TimeMixing.forward`."""
         if mask is not None:
-            x = x * mask.reshape(*mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+            x = x.masked_fill(absent(mask, x.ndim), 0)
         shifted = token_shift(x, shift_state)
         delta = x - shifted
         k = torch.relu(self.key(time_mix(shifted, delta, self.time_mix_k))).square()

@@ -1,9 +1,11 @@
 """How P perspectives are merged into one: the weight of each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from trwkv.modules.linear import SelectorLinear
 
 AGGREGATIONS = ("selector", "mean", "fixed", "learned")
 
@@ -47,23 +49,16 @@ class PerspectiveSelector(nn.Module):
         self.noise = noise
         self.fixed_weights = None if fixed_weights is None else tuple(fixed_weights)
         if aggregation == "selector":
-            self.gate = nn.Linear(hidden_size, n_perspectives)
+            self.gate = SelectorLinear(hidden_size, n_perspectives)
         elif aggregation == "learned":
-            self.logits = nn.Parameter(torch.empty(n_perspectives))
-        self.reset_parameters()
+            self.logits = nn.Parameter(torch.zeros(n_perspectives))
 
-    def initial_values(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter with the value it starts from."""
-        if self.aggregation == "selector":
-            yield self.gate.weight, torch.randn_like(self.gate.weight) * 0.01
-            yield self.gate.bias, torch.zeros_like(self.gate.bias)
-        elif self.aggregation == "learned":
-            yield self.logits, torch.zeros_like(self.logits)
-
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        for parameter, value in self.initial_values():
-            parameter.copy_(value)
+        """Back to the start: the selector's logits small, the learned ones zero."""
+        if self.aggregation == "selector":
+            self.gate.reset_parameters()
+        elif self.aggregation == "learned":
+            nn.init.zeros_(self.logits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Weights for the input x [B, T, C]: [B, T, P] from the selector, [P] from the others; at least

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trwkv.modules.linear import RwkvLinear
 from trwkv.modules.perspective_selector import PerspectiveSelector, merge_perspectives
-from trwkv.modules.token_shift import time_mix, token_shift
+from trwkv.modules.token_shift import absent, time_mix, token_shift
 from trwkv.ops import multi_perspective_wkv
 
 TIME_VECTORS = ("time_decay", "time_first", "time_mix_k", "time_mix_v", "time_mix_r")
@@ -27,8 +28,7 @@ class TimeMixingOutput(NamedTuple):
 
 
 class TimeMixing(nn.Module):
-    r"""RWKV-4's time mixing (arXiv 2305.13048, equations 11 to 17), its vectors one per perspective where
-    asked.
+    r"""RWKV-4's time mixing (arXiv 2305.13048, equations 11 to 13, 16, 17), under P perspectives.
 
     With x' the previous token and mu the time mixes::
 
@@ -94,10 +94,10 @@ class TimeMixing(nn.Module):
             channels = hidden_size if name.startswith("time_mix") else attention_hidden_size
             shape = vector_shape(channels, n_perspectives, name in perspective_vectors)
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        self.key = nn.Linear(hidden_size, attention_hidden_size, bias=False)
-        self.value = nn.Linear(hidden_size, attention_hidden_size, bias=False)
-        self.receptance = nn.Linear(hidden_size, attention_hidden_size, bias=False)
-        self.output = nn.Linear(attention_hidden_size, hidden_size, bias=False)
+        self.key = RwkvLinear(hidden_size, attention_hidden_size, scale=0)
+        self.value = RwkvLinear(hidden_size, attention_hidden_size)
+        self.receptance = RwkvLinear(hidden_size, attention_hidden_size, scale=0)
+        self.output = RwkvLinear(attention_hidden_size, hidden_size, scale=0)
         self.reset_parameters()
 
     def initial_values(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,23 +126,15 @@ class TimeMixing(nn.Module):
             if parameter.ndim == 2:
                 value = perspective_rows(value, self.n_perspectives, self.perspective_noise)
                 if name == "time_decay":
-                    value = value + (
-                        2 * torch.arange(self.n_perspectives).unsqueeze(1) / (self.n_perspectives - 1) - 1
-                    )
+                    p = torch.arange(self.n_perspectives).unsqueeze(1)
+                    value = value + (2 * p / (self.n_perspectives - 1) - 1)
             yield parameter, value.to(parameter)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """RWKV-4's initialisation: the vectors on their curves, then `reset_matrices`."""
+        """The vectors on their curves (the matrices look after themselves: value orthogonal, the others zero)."""
         for parameter, value in self.initial_values():
             parameter.copy_(value)
-        self.reset_matrices()
-
-    def reset_matrices(self) -> None:
-        """Key, receptance and output from zero, value orthogonal."""
-        for linear in (self.key, self.receptance, self.output):
-            nn.init.zeros_(linear.weight)
-        orthogonal_weight(self.value)
 
     def forward(
         self,
@@ -158,21 +150,20 @@ class TimeMixing(nn.Module):
         Args:
             x: [B, T, C], or [B, T, P, C] for P streams.
             mask: bool [B, T], False where there is no token. Those must come before all tokens of their row,
-                with a fresh state; they then leave the state fresh. Their output means nothing (but is
-                finite).
+                with a fresh state; they then leave the state fresh. Their output means nothing.
             shift_state: x before the first token, [B, C] or [B, P, C]; None at the start of a sequence.
             wkv_state: the op's state, float32 [B, 3, P, A]; None at the start of a sequence.
             output_state: return both states after the last token.
         """
         if mask is not None:
-            x = x * mask.reshape(*mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+            x = x.masked_fill(absent(mask, x.ndim), 0)
         shifted = token_shift(x, shift_state)
         delta = x - shifted
         k = self.key(time_mix(shifted, delta, self.time_mix_k))
         v = self.value(time_mix(shifted, delta, self.time_mix_v))
         r = torch.sigmoid(self.receptance(time_mix(shifted, delta, self.time_mix_r)))
         if mask is not None:
-            k = k.masked_fill(~mask.reshape(*mask.shape, *[1] * (k.ndim - 2)), _MASKED_KEY)
+            k = k.masked_fill(absent(mask, k.ndim), _MASKED_KEY)
         if k.ndim != v.ndim:
             k, v = (
                 z if z.ndim == 4 else z.unsqueeze(2).expand(-1, -1, self.n_perspectives, -1) for z in (k, v)
@@ -221,13 +212,6 @@ def perspective_rows(value: Tensor, n_perspectives: int, noise: float) -> Tensor
         rms = value.float().square().mean().sqrt()
         rows[1:] += (noise * rms * torch.randn_like(rows[1:], dtype=torch.float32)).to(rows.dtype)
     return rows
-
-
-def orthogonal_weight(linear: nn.Linear, scale: float = 1.0) -> None:
-    """RWKV-4's orthogonal start: gain sqrt(rows / columns) for a matrix with more rows than columns, else
-    1."""
-    rows, columns = linear.weight.shape
-    nn.init.orthogonal_(linear.weight, gain=scale * math.sqrt(max(rows / columns, 1)))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def token_shift(x: Tensor, previous: Tensor | None = None) -> Tensor:
 def time_mix(shifted: Tensor, delta: Tensor, mix: Tensor) -> Tensor:
     """`mix * x + (1 - mix) * shifted`, written as `shifted + mix * delta` with `delta = x - shifted`.
 
-    RWKV-4 (arXiv 2305.13048), equations 11 to 13. `delta` is computed once for all the mixes of a block.
+    RWKV-4 (arXiv 2305.13048), equations 11 to 15. `delta` is computed once for all the mixes of a block.
 
     Args:
         shifted: [B, T, C] or [B, T, P, C].
@@ -34,3 +34,8 @@ def time_mix(shifted: Tensor, delta: Tensor, mix: Tensor) -> Tensor:
     if mix.ndim == 2 and shifted.ndim == 3:
         shifted, delta = shifted.unsqueeze(2), delta.unsqueeze(2)
     return torch.addcmul(shifted, mix.to(shifted.dtype), delta)
+
+
+def absent(mask: Tensor, ndim: int) -> Tensor:
+    """Where a bool mask [B, T] has no token, with axes of size one added up to `ndim`."""
+    return ~mask.reshape(*mask.shape, *[1] * (ndim - 2))
