@@ -201,6 +201,16 @@ def test_round_trip_onto_the_same_file(tmp_path):
     )
 
 
+def test_the_model_outlives_its_file(tmp_path):
+    """safetensors maps files into memory: what is written there later must not reach the model."""
+    random_hf_model().save_pretrained(tmp_path)
+    model = TemporalRwkvForCausalLM.from_rwkv4(tmp_path)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.write(bytes((tmp_path / "model.safetensors").stat().st_size))
+    assert_same_tensors(model.state_dict(), before)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_hf_round_trip_is_bitwise_and_transformers_reads_it(tmp_path, tokens, tied):
     oracle = random_hf_model(tie_word_embeddings=tied)
@@ -300,6 +310,7 @@ class Code:
         return os.mkdir, (str(self.trace),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_file_with_code_is_refused_and_nothing_runs(tmp_path, writer):
     trace = tmp_path / "it ran"
