@@ -211,9 +211,7 @@ def prepare(options: argparse.Namespace) -> Run:
     train_blocks, held_out = blocks.split(min(HELD_OUT_BLOCKS, len(blocks) // 10 + 1), seed=options.seed)
     output = options.output
     output.mkdir(parents=True, exist_ok=True)
-    kept = {
-        name: value for name, value in vars(options).items() if name not in ("output", "resume", "device")
-    }
+    kept = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
     if not options.resume:
         write_json(output / OPTIONS_FILE, {"command": options.command, "options": kept})
     embedded = output / "embedded.jsonl"

@@ -16,7 +16,7 @@ def test_last_word_occurs_once_before_and_early():
         sentences = context.split(". ")
         assert [target in sentence.split() for sentence in sentences].count(True) == 1
         assert any(target in sentence.split() for sentence in sentences[:2])
-        assert len(sentences) >= 4
+        assert len(sentences) >= 3
 
 
 def test_no_other_object_is_named():
@@ -33,21 +33,21 @@ def test_targets_are_uniform_and_distinct_in_their_first_letter():
     assert all(130 < count < 280 for count in counts)  # 200 expected, standard deviation 14
 
 
-@pytest.mark.parametrize("clue", [r"the (\w+)", r"^\w+ (?:last )?(\w+)", r"(\w+) "])
-def test_target_is_independent_of_the_closing_sentence(clue):
-    """Place, name or form of the closing sentence: the best guess from one of them is hardly better than chance."""
+@pytest.mark.parametrize("clue", [r"in the (\w+)\.", r"(\w+) (?:took|found) the$", r"(took|found) the$"])
+def test_target_is_independent_of_what_else_is_said(clue):
+    """Place, name, closing sentence: the best guess from one of them is hardly better than chance."""
     targets: dict[str, list[str]] = {}
     rows = lambada_passages(12000)
     for row in rows:
         context, _, target = row["text"].rpartition(" ")
-        targets.setdefault(re.search(clue, context.split(". ")[-1])[1], []).append(target)
+        targets.setdefault(re.search(clue, context)[1], []).append(target)
     right = sum(max(found.count(word) for word in OBJECTS) for found in targets.values())
     assert 2 <= len(targets) <= 16
     assert right / len(rows) < 1.5 / len(OBJECTS)
 
 
 def test_splits_differ_and_a_seed_repeats():
-    train, evaluation = lambada_passages(20000), lambada_passages(300, split="eval")
+    train, evaluation = lambada_passages(20000), lambada_passages(1000, seed=1, split="eval")
     assert not {row["text"] for row in train} & {row["text"] for row in evaluation}
     assert lambada_passages(50) == train[:50]
     assert lambada_passages(50, seed=3) != train[:50]
@@ -58,9 +58,8 @@ def test_one_passage_is_the_same_on_every_machine():
 
 
 EXPECTED = (
-    "Karin had hidden the hammer in the harbor. The dog and the mouse slept by the fire. The "
-    "letters came late that year. The road was still and very long. The letters came late that "
-    "year. At last Karin looked in the harbor and found the hammer"
+    "Karin hid the hammer in the harbor. Nobody spoke. A mouse ran by. At noon it grew sunny. "
+    "At last Karin found the hammer"
 )
 
 

@@ -38,6 +38,7 @@ HUB_TASKS = {
 
 _LAMBADA_JSONL = Path(__file__).parent / "tasks" / "lambada_jsonl.yaml"
 _BOOTSTRAP_SAMPLES = 200
+_FEWSHOT_SEED = 1234  # lm-eval's own; for tasks that come with examples
 _NO_LONGEST_CONTEXT = 1 << 30
 
 
@@ -50,7 +51,7 @@ def evaluate(
     limit: int | None = None,
     newline_prefix: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Score a causal language model on lm-eval tasks, without few-shot examples.
+    """Score a causal language model on lm-eval tasks, with as many examples as each task itself asks for (mostly none).
 
     The model reads every passage whole, from a fresh state, whatever its training context length was; the
     result does not depend on `batch_size`. Perplexity is that of the target, `exp(-mean(log p(target |
@@ -73,7 +74,7 @@ def evaluate(
         ValueError: no task, an unknown task, a malformed file, or data that are not here and cannot be
             fetched.
     """
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate as harness_evaluate
     from lm_eval.tasks import TaskManager
 
     if batch_size < 1:
@@ -86,22 +87,19 @@ def evaluate(
     was_training = model.training
     model.eval()
     lm = _harness_model(model, tokenizer, batch_size, "\n" if newline_prefix else "")
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     try:
         for task in tasks:
             name, spec, manager = _load_spec(task, TaskManager)
-            report = simple_evaluate(
-                lm,
-                tasks=[spec],
-                task_manager=manager,
-                limit=limit,
-                bootstrap_iters=_BOOTSTRAP_SAMPLES,
-                log_samples=False,
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
+            loaded = manager.load([spec])
+            for harness_task in loaded["tasks"].values():
+                if harness_task.get_config("num_fewshot") is None:
+                    harness_task.set_config(key="num_fewshot", value=0)
+                harness_task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+            report = harness_evaluate(
+                lm, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP_SAMPLES, log_samples=False
             )
-            results[name] = _metrics(report)
+            results |= _metrics(report, name)
     finally:
         model.train(was_training)
     return results
@@ -155,8 +153,8 @@ def _check_task_name(name: str) -> None:
         )
 
 
-def _load_spec(task: str | Path, manager: Any) -> tuple[str, str | dict[str, Any], Any]:
-    """The task's name in the results, what lm-eval's task manager has to load, and that manager."""
+def _load_spec(task: str | Path, manager: Any) -> tuple[str | None, str | dict[str, Any], Any]:
+    """The file's name, or None; what lm-eval's task manager has to load; and that manager."""
     if _is_file(task):
         import yaml
 
@@ -168,19 +166,22 @@ def _load_spec(task: str | Path, manager: Any) -> tuple[str, str | dict[str, Any
         import lm_eval.tasks
 
         folder = Path(lm_eval.tasks.__file__).parent / HUB_TASKS[name]
-        return name, name, manager(include_defaults=False, include_path=str(folder))
-    return name, name, manager()
+        return None, name, manager(include_defaults=False, include_path=str(folder))
+    return None, name, manager()
 
 
-def _metrics(report: Any) -> dict[str, float]:
-    """lm-eval's `{"acc,none": ..., "acc_stderr,none": ...}` of the one task in `report` as `{"acc": ...}`."""
-    ((task, values),) = report["results"].items()
-    metrics = {
-        key.partition(",")[0]: float(value)
-        for key, value in values.items()
-        if "," in key and isinstance(value, (int, float))
-    }
-    return {**metrics, "n": report["n-samples"][task]["effective"]}
+def _metrics(report: Any, file_name: str | None) -> dict[str, dict[str, float]]:
+    """lm-eval's `{task: {"acc,none": ..., "acc_stderr,none": ...}}` as `{task: {"acc": ..., "n": ...}}`."""
+    results = {}
+    for task, values in report["results"].items():
+        metrics = {
+            key.partition(",")[0]: float(value)
+            for key, value in values.items()
+            if "," in key and isinstance(value, int | float)
+        }
+        if metrics:
+            results[file_name or task] = {**metrics, "n": report["n-samples"][task]["effective"]}
+    return results
 
 
 def _harness_model(

@@ -10,6 +10,7 @@ forgets it can only guess.
 from __future__ import annotations
 
 import random
+import zlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,27 +37,25 @@ _TIMES = _words("dawn noon dusk night midnight")
 
 _FACTS = (
     "{name} left the {target} in the {place}.",
-    "{name} had hidden the {target} in the {place}.",
-    "In the {place} {name} put down the {target}.",
+    "{name} hid the {target} in the {place}.",
 )
 _FILLERS = (
     "It was a {weather} day.",
     "At {time} it grew {weather}.",
-    "A {animal} ran across the road.",
-    "The {animal} and the {animal2} slept by the fire.",
-    "Nobody spoke until {time}.",
-    "The road was {weather} and very long.",
-    "By {time} the {animal} was gone.",
-    "The letters came late that year.",
+    "A {animal} ran by.",
+    "The {animal} and the {animal2} slept.",
+    "Nobody spoke.",
+    "The road was {weather}.",
+    "The letters came late.",
 )
 _CLOSINGS = (
-    "Then {name} went back to the {place} for the {target}",
-    "At last {name} looked in the {place} and found the {target}",
+    "Then {name} took the {target}",
+    "At last {name} found the {target}",
 )
 
 
 def lambada_passages(
-    n: int, *, seed: int = 0, split: str = "train", n_fillers: tuple[int, int] = (2, 4)
+    n: int, *, seed: int = 0, split: str = "train", n_fillers: tuple[int, int] = (1, 3)
 ) -> list[dict[str, str]]:
     """Make `n` LAMBADA-like passages, each `{"text": passage}`; the last word is the target.
 
@@ -68,7 +67,7 @@ def lambada_passages(
         n: how many passages, at least 1.
         seed: the same `(seed, split, n_fillers)` gives the same passages, on every machine; more of them
             with larger `n`.
-        split: "train" or "eval": two independent streams of passages.
+        split: "train" or "eval"; no passage is in both, whatever the seeds.
         n_fillers: least and largest number of sentences between the fact and the closing sentence.
 
     Raises:
@@ -82,7 +81,15 @@ def lambada_passages(
     if not 0 <= low <= high:
         raise ValueError(f"n_fillers: expected 0 <= least <= largest, got {n_fillers}")
     rng = random.Random(f"{split}-{seed}")
-    return [{"text": _passage(rng, low, high)} for _ in range(n)]
+    return [{"text": _passage_of_split(rng, split, low, high)} for _ in range(n)]
+
+
+def _passage_of_split(rng: random.Random, split: str, low: int, high: int) -> str:
+    """The next passage that belongs to the split: a checksum gives one passage in eight to "eval"."""
+    while True:
+        passage = _passage(rng, low, high)
+        if (zlib.crc32(passage.encode()) % 8 == 0) == (split == "eval"):
+            return passage
 
 
 def _passage(rng: random.Random, low: int, high: int) -> str:
