@@ -39,7 +39,7 @@ from trwkv.ops.wkv.torch_chunk_block import (
     weights_at,
 )
 from trwkv.ops.wkv.torch_chunk_bwd import chunk_backward
-from trwkv.ops.wkv.torch_chunk_exact import walk
+from trwkv.ops.wkv.torch_chunk_exact import step, walk
 
 __all__ = ["CHUNK", "chunk_backward", "chunk_forward", "empty_checkpoint"]
 
@@ -58,12 +58,12 @@ def chunk_forward(
     """Output, final state and, if `save`, the checkpoint for `chunk_backward`: the states at all chunk boundaries,
     [ceil(T / CHUNK) + 1, 3, P, B, C] (perspectives with their own k and v count as channels); else an empty tensor.
     """
+    if k.shape[1] == 1 and not save:
+        output, final_state = _single_token(w, u, k, v, weights, initial_state)
+        return output, final_state, k.new_empty(0, dtype=torch.float32)
     p = set_up(w, u, k)
     exp, sums = unpack_state(p, initial_state, w)
     output = _empty_output(p, v, weights)
-    if p.tokens == 1 and not save:
-        last = _decode(p, k, v, weights, exp, sums, output)
-        return output, p.public(last).movedim(0, 1).contiguous(), k.new_empty(0, dtype=torch.float32)
     checkpoint = empty_checkpoint(w, k) if save else k.new_empty(0, dtype=torch.float32)
     done = 0
     for bounds in block_ranges(p):
@@ -102,8 +102,8 @@ def _states(
     steps = block.terms.unsqueeze(2).unbind(1)  # [2, 1, B, N, C] each
     P = p.decay.shape[0]
     local = steps[0].expand(-1, P, -1, -1, -1).contiguous()
-    for step in steps[1:]:
-        torch.addcmul(step, local, p.decay, out=local)
+    for term in steps[1:]:
+        torch.addcmul(term, local, p.decay, out=local)
     labels = block.base.double().movedim(1, 0).unsqueeze(1)  # [N, 1, B, C]
     local = local.double().movedim(3, 0)
     if block.bad is not None:
@@ -154,35 +154,43 @@ def _write_output(
 
 
 def _first_output(p: Problem, k: Tensor, v: Tensor, exp: Tensor, sums: Tensor) -> Tensor:
-    """The very first token's output [P, B, C], computed as `_decode` does: bitwise the same if it comes alone."""
-    step, _, _ = walk(*_token(k, v), p.w, p.u, exp, sums)
-    return step[0].y
+    """The very first token's output, [P, B, C], computed as `_single_token` does: bitwise the same."""
+    k0, v0 = (x[:, 0].flatten(1).double() for x in (k, v))
+    return step(k0, v0, p.w, p.u, exp, *sums.unbind(0))[0].y
 
 
-def _token(k: Tensor, v: Tensor) -> list[Tensor]:
-    """k and v of the first token, [1, B, C] in the inner layout, float64."""
-    return [x[:, 0].flatten(1).double().unsqueeze(0) for x in (k, v)]
-
-
-def _decode(
-    p: Problem, k: Tensor, v: Tensor, weights: Tensor | None, exp: Tensor, sums: Tensor, output: Tensor
-) -> Tensor:
-    """T = 1 without a gradient: one exact step. Writes the output, returns the state after."""
-    (step,), exp, sums = walk(*_token(k, v), p.w, p.u, exp, sums)
-    y = step.y.to(p.dtype).unsqueeze(2)  # [P, B, 1, C]
-    if weights is None:
-        output.copy_(p.public(y.squeeze(2)).unsqueeze(1))
+def _single_token(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """T = 1, in few operations, for decoding: one exact step in the caller's layout, [B, P, C]."""
+    if k.ndim == 4:
+        k, v = k[:, 0], v[:, 0]
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    if initial_state is None:
+        num = den = torch.zeros(k.shape[0], *w.shape, dtype=torch.float64, device=k.device)
+        exp = torch.full_like(num, EMPTY_EXP)
     else:
-        block = Block(0, 1, 1, k, k, None)
-        _aggregate(p.split(y), weights_at(p, block, weights, 0), output)
-    state = torch.empty((3, *exp.shape), dtype=p.dtype, device=k.device)
-    state[2] = exp
-    torch.mul(sums, torch.exp(exp - state[2]), out=state[:2])  # what rounding takes from the exponent
-    return state
+        num, den, exp = initial_state.double().unbind(1)
+        exp = exp.masked_fill((num == 0) & (den == 0), EMPTY_EXP)
+    done, num, den = step(k.double(), v.double(), w.double(), u.double(), exp, num, den)
+    y = done.y.to(dtype)
+    if weights is None:
+        output = y.to(v.dtype, copy=True).unsqueeze(1)
+    else:
+        weights = weights.to(dtype)
+        weights = (
+            weights.movedim(-1, 0) if weights.ndim == 3 else weights[:, None]
+        )  # [P, B, 1] or [P, 1, (C)]
+        weights = weights.unsqueeze(-1) if weights.ndim == 2 else weights
+        output = v.new_empty(y.shape[0], 1, y.shape[2])
+        _aggregate(y.movedim(1, 0), weights, output[:, 0])
+    exp = done.exp.to(dtype)
+    rest = torch.exp(done.exp - exp)  # what rounding takes from the exponent
+    return output, torch.stack([(num * rest).to(dtype), (den * rest).to(dtype), exp.expand(num.shape)], dim=1)
 
 
 def _aggregate(y: Tensor, weights: Tensor, out: Tensor) -> None:
-    """Sum over the perspectives, first to last, of y [P, B, N, C] into out [B, N, C]."""
+    """Sum over the perspectives, first to last, of y [P, ...] into out [...]."""
     *others, last = zip(y.unbind(0), weights.unbind(0), strict=True)
     if not others:
         torch.mul(*last, out=out)

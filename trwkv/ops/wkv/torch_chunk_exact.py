@@ -12,17 +12,33 @@ from torch import Tensor
 
 
 class Step(NamedTuple):
-    """One token: what its adjoint needs. Shapes [P, M]; sums [2, P, M]."""
+    """One token: what its adjoint needs, [P, M] each."""
 
     keep: Tensor  # e^(m[t-1] + w - m[t])
     add: Tensor  # e^(k[t] - m[t])
     past: Tensor  # e^(m[t-1] - o[t])
     now: Tensor  # e^(u + k[t] - o[t])
-    before: Tensor  # sums before the token
+    num: Tensor  # before the token
+    den: Tensor
     exp: Tensor  # m[t]
     out_exp: Tensor  # o[t]
-    den: Tensor
+    divisor: Tensor
     y: Tensor
+
+
+def step(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, exp: Tensor, num: Tensor, den: Tensor
+) -> tuple[Step, Tensor, Tensor]:
+    """One token from the state (num, den) e^exp; any shapes that broadcast. Returns it, and num and den after it."""
+    bonus = u + k
+    out_exp = torch.maximum(exp, bonus)
+    past, now = torch.exp(exp - out_exp), torch.exp(bonus - out_exp)
+    divisor = torch.addcmul(now, past, den)
+    y = torch.addcmul(now * v, past, num) / divisor
+    after = torch.maximum(exp + w, k)
+    keep, add = torch.exp((exp - after) + w), torch.exp(k - after)
+    done = Step(keep, add, past, now, num, den, after, out_exp, divisor, y)
+    return done, torch.addcmul(add * v, num, keep), torch.addcmul(add, den, keep)
 
 
 def walk(
@@ -30,17 +46,12 @@ def walk(
 ) -> tuple[list[Step], Tensor, Tensor]:
     """k, v [L, M], w, u [P, M], state before: exp [P, M], sums [2, P, M]. Returns steps, exp and sums after."""
     steps = []
+    num, den = sums.unbind(0)
     for kt, vt in zip(k.unbind(0), v.unbind(0), strict=True):
-        out_exp = torch.maximum(exp, u + kt)
-        past, now = torch.exp(exp - out_exp), torch.exp(u + kt - out_exp)
-        den = past * sums[1] + now
-        y = (past * sums[0] + now * vt) / den
-        after = torch.maximum(exp + w, kt)
-        keep, add = torch.exp((exp - after) + w), torch.exp(kt - after)
-        steps.append(Step(keep, add, past, now, sums, after, out_exp, den, y))
-        sums = torch.stack([sums[0] * keep + add * vt, sums[1] * keep + add])
-        exp = after
-    return steps, exp, sums
+        done, num, den = step(kt, vt, w, u, exp, num, den)
+        steps.append(done)
+        exp = done.exp
+    return steps, exp, torch.stack([num, den])
 
 
 class Adjoint(NamedTuple):
@@ -68,10 +79,10 @@ def walk_back(
     before_first, carried = torch.zeros_like(adjoint), torch.zeros_like(adjoint)
     for t in range(len(steps) - 1, -1, -1):
         s, vt, here = steps[t], v[t], first <= t
-        q = grad_y[t] / s.den
+        q = grad_y[t] / s.divisor
         current = q * (vt - s.y)
         grad_u += torch.where(here, s.now * current, 0)
-        grad_w += torch.where(here, s.keep * (adjoint * s.before).sum(0), 0)
+        grad_w += torch.where(here, s.keep * (adjoint[0] * s.num + adjoint[1] * s.den), 0)
         grads_v.append((s.add * adjoint[0] + s.now * q).sum(0))
         grads_k.append((s.add * (vt * adjoint[0] + adjoint[1]) + s.now * current).sum(0))
         out = torch.stack([q, -q * s.y])
