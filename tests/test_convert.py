@@ -232,11 +232,20 @@ def test_dtype_is_the_checkpoints_unless_given(tmp_path):
     state["ln_out.weight"] = state["ln_out.weight"].float()  # the one that needs the widest decides
     torch.save(state, tmp_path / "mixed.pth")
     assert TemporalRwkvForCausalLM.from_rwkv4(tmp_path / "mixed.pth").dtype == torch.float32
+    state["ln_out.weight"] = state["ln_out.weight"].bfloat16()  # neither holds the other
+    torch.save(state, tmp_path / "halves.pth")
+    assert TemporalRwkvForCausalLM.from_rwkv4(tmp_path / "halves.pth").dtype == torch.float32
     for dtype in (torch.bfloat16, "bfloat16"):
         model = TemporalRwkvForCausalLM.from_rwkv4(tmp_path / "mixed.pth", dtype=dtype, n_perspectives=2)
         for name, parameter in model.named_parameters():
             wide = name.endswith(("time_decay", "time_first"))
             assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("dtype", ["float31", "int8", torch.int8])
+def test_wrong_dtypes(official_file, dtype):
+    with pytest.raises(ValueError, match="dtype: expected a floating point"):
+        TemporalRwkvForCausalLM.from_rwkv4(official_file, dtype=dtype)
 
 
 def test_more_than_one_perspective_is_no_rwkv4(official_file, tmp_path):
@@ -266,6 +275,11 @@ def make_later_version(state):
     state["blocks.0.att.ln_x.weight"] = torch.ones(C)
 
 
+def skip_a_block(state):
+    for name in [name for name in state if name.startswith("blocks.1.")]:
+        state[name.replace("blocks.1.", "blocks.1000000000.")] = state.pop(name)
+
+
 def drop_embedding(state):
     del state["emb.weight"]
 
@@ -278,6 +292,7 @@ def drop_embedding(state):
         (misshape, r"wrong shape: blocks.0.ffn.time_mix_k \(expected \[1, 1, 32\], got \[32\]\)"),
         (make_integer, r"not floating point: ln_out.bias \(torch.int64\)"),
         (make_later_version, r"later RWKV"),
+        (skip_a_block, r"missing: blocks.1.ln1.weight.* and 10 more; unexpected: blocks.1000000000"),
         (drop_embedding, r"not an RWKV-4 checkpoint"),
     ],
 )
@@ -344,6 +359,9 @@ def test_a_file_of_other_things_is_refused(tmp_path):
 def test_wrong_folders_are_reported(tmp_path):
     with pytest.raises(ValueError, match=r"no config.json"):
         read_rwkv4(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "rw')
+    with pytest.raises(ValueError, match=r"config.json: not readable as JSON"):
+        read_rwkv4(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match=r"expected model_type 'rwkv'.*'llama'"):
         read_rwkv4(tmp_path)
@@ -353,11 +371,16 @@ def test_wrong_folders_are_reported(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "rwkv"}))
     with pytest.raises(ValueError, match=r"expected model.safetensors or pytorch_model.bin"):
         read_rwkv4(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"x": "../x.safetensors"}})
-    )
-    with pytest.raises(ValueError, match="not a file of that folder"):
-        read_rwkv4(tmp_path)
+
+
+def test_an_index_reads_no_file_of_another_folder(tmp_path):
+    folder = tmp_path / "folder"
+    random_hf_model().save_pretrained(folder)
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    for shard in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), "missing.safetensors"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+        with pytest.raises(ValueError, match="not a file of that folder"):
+            read_rwkv4(folder)
 
 
 def test_our_own_folder_is_for_from_pretrained(tmp_path):

@@ -114,9 +114,13 @@ def read_rwkv4(source: str | PathLike) -> Rwkv4Checkpoint:
 
 
 def write_rwkv4(path: str | PathLike, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Write `state` (official names and shapes) as an official file if `path` ends in .pth, else as a Hugging
-    Face
-    folder. `settings` are options of Hugging Face's `RwkvConfig`."""
+    """Write an RWKV-4: an official file if `path` ends in .pth, else a Hugging Face folder.
+
+    Args:
+        path: where to.
+        state: every tensor, with its official name and shape.
+        settings: options of Hugging Face's `RwkvConfig`.
+    """
     path = Path(path)
     if path.suffix == ".pth":
         torch.save(state, path)
@@ -175,7 +179,7 @@ def _load_folder(path: Path) -> dict[str, Tensor]:
             return _load_file(path / name)
         index = path / f"{name}.index.json"
         if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = _read_json(index).get("weight_map", {})
             tensors: dict[str, Tensor] = {}
             for shard in sorted(set(weight_map.values())):
                 if Path(shard).name != shard or not (path / shard).is_file():
@@ -188,13 +192,23 @@ def _load_folder(path: Path) -> dict[str, Tensor]:
     )
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable as JSON (incomplete or damaged): {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object; got {type(content).__name__}")
+    return content
+
+
 def _read_hf_config(path: Path) -> dict[str, Any]:
     from transformers import RwkvConfig
 
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path}: expected a Hugging Face RWKV-4 folder; it has no config.json")
-    raw = json.loads(file.read_text())
+    raw = _read_json(file)
     if raw.get("model_type") == "temporal_rwkv":
         raise ValueError(f"{path}: already a temporal_rwkv model; load it with from_pretrained")
     if raw.get("model_type") != "rwkv":
@@ -233,7 +247,7 @@ def _infer_sizes(tensors: dict[str, Tensor], is_hf: bool, path: Path) -> dict[st
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": C,
-        "num_hidden_layers": max(blocks) + 1,
+        "num_hidden_layers": len(set(blocks)),
         "attention_hidden_size": rows("blocks.0.att.key.weight", C),
         "intermediate_size": rows("blocks.0.ffn.key.weight", 4 * C),
     }

@@ -264,8 +264,10 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
             selector_noise=selector_noise,
             wkv_backend=wkv_backend,
         )
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         dtype = dtype or convert.checkpoint_dtype(checkpoint.state)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating point torch.dtype or its name; got {dtype!r}")
         return with_rwkv4_weights(cls, config, checkpoint.state, dtype)
 
     def to_rwkv4(self, path: str | PathLike) -> None:
