@@ -21,9 +21,12 @@ that what one block needs stays in the cache."""
 EMPTY_EXP = -1e38
 """Exponent of an empty state: finite, so that no difference of two exponents is NaN."""
 
-MAX_LOG = 30.0
+# Bounds of the fast path; what they guarantee is said in `torch_chunk`.
+MAX_LOG = 30.0  # of |k - s| and |u|
 MAX_POSITIVE_W = 0.25
-MAX_PRODUCT = 1e25
+MAX_PRODUCT = 1e25  # of |e^(k-s) v|
+MAX_CARRIED_LOG = 50.0  # of the log of the denominator carried in, relative to s
+MAX_CARRIED_NUM = 1e30
 
 
 class Problem(NamedTuple):
@@ -128,10 +131,10 @@ def carried_in(p: Problem, block: Block, exp: Tensor, sums: Tensor) -> tuple[Blo
     scale = torch.exp(exp - block.base.movedim(1, 0).unsqueeze(1))
     carry = (sums * scale.unsqueeze(1)).movedim(0, 3).to(p.dtype, memory_format=torch.contiguous_format)
     low, high = (x.item() for x in carry.aminmax())
-    limit = math.exp(MAX_LOG)
-    if block.bad is None and low >= -MAX_PRODUCT and high <= limit:
+    limit = math.exp(MAX_CARRIED_LOG)
+    if block.bad is None and low >= -limit and high <= limit:
         return block, carry
-    good = ((carry[0].abs() <= MAX_PRODUCT) & (carry[1] <= limit)).all(0)
+    good = ((carry[0].abs() <= MAX_CARRIED_NUM) & (carry[1] <= limit)).all(0)
     if block.bad is not None:
         good &= block.bad > 0
     elif good.all():
