@@ -107,11 +107,24 @@ def load(p: Problem, k: Tensor, v: Tensor, start: int, chunks: int, length: int)
     block = block._replace(base=base, terms=terms)
     if p.outside is None and _within(exps, products):
         return block
+    return block._replace(bad=_first_bad(p, exps, products))
+
+
+def _first_bad(p: Problem, exps: Tensor, products: Tensor) -> Tensor:
+    """[B, N, C]: first token out of bounds, or the chunk's length."""
     limit = math.exp(MAX_LOG)
-    good = (exps >= 1 / limit) & (exps <= limit) & (products.abs() <= MAX_PRODUCT)
+    length = exps.shape[0]
+    good = (exps.amin(0) >= 1 / limit) & (exps.amax(0) <= limit)
+    good &= (products.amin(0) >= -MAX_PRODUCT) & (products.amax(0) <= MAX_PRODUCT)
+    bad = torch.full(good.shape, length, device=good.device)
     if p.outside is not None:
-        good &= ~p.outside
-    return block._replace(bad=good.long().cumprod(0).sum(0))
+        bad[..., p.outside] = 0
+        good |= p.outside
+    b, n, c = torch.nonzero(~good, as_tuple=True)
+    e, ev = exps[:, b, n, c], products[:, b, n, c]
+    within = (e >= 1 / limit) & (e <= limit) & (ev.abs() <= MAX_PRODUCT)
+    bad[b, n, c] = within.long().cumprod(0).sum(0)
+    return bad
 
 
 def _within(exps: Tensor, products: Tensor) -> bool:

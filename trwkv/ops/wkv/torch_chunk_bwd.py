@@ -145,14 +145,14 @@ def _block_backward(
     cols = None
     if block.bad is not None:
         cols = _exact_columns(p, block, k, v, exps, sums, unit)
-        block.terms.masked_fill_(_from_bad(block), 0)
+        _silence(cols, block.terms, 1)
     replay = _replay(p, grads, block, state, grad_output, weights, cols)
     if number == 0:
         exps[0] = unit  # an empty state's own exponent counts for its gradient
 
     alone = None
     if cols is not None:
-        replay.sources.masked_fill_(_from_bad(block)[:, None, None], 0)
+        _silence(cols, replay.sources, 0)
         alone = _inject(cols, replay, torch.zeros_like(cols.w).expand(2, -1, -1))
     steps = replay.sources.unbind(0)
     local = steps[-1].clone()
@@ -183,9 +183,13 @@ def _exp(x: Tensor) -> Tensor:
     return torch.exp(x.clamp(max=700.0))
 
 
-def _from_bad(block: Block) -> Tensor:
-    """[L, B, N, C]: tokens the fast path must not see."""
-    return torch.arange(block.length, device=block.base.device).view(-1, 1, 1, 1) >= block.bad
+def _silence(cols: _Columns, x: Tensor, axis: int) -> None:
+    """Zero in x [..., B, N, C], whose tokens lie along `axis`, what the fast path must not see."""
+    late = torch.arange(x.shape[axis], device=x.device)[:, None] >= cols.first  # [L, M]
+    b, n, c = cols.at
+    shape = [1] * (x.ndim - 3) + [len(cols.first)]
+    shape[axis] = x.shape[axis]
+    x[..., b, n, c] = x[..., b, n, c].masked_fill(late.view(shape), 0)
 
 
 def _exact_columns(
