@@ -31,7 +31,7 @@ CONFIGS = {
     2: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
     3: Config(fwd_block_c=64, fwd_block_t=8, bwd_block_c=32, bwd_block_t=8),
     4: Config(fwd_block_c=64, fwd_block_t=8, bwd_block_c=32, bwd_block_t=8),
-    8: Config(fwd_block_c=32, fwd_block_t=4, bwd_block_c=32, bwd_block_t=4),
+    8: Config(fwd_block_c=32, fwd_block_t=4, bwd_block_c=32, bwd_block_t=2),
 }
 
 TARGET_PROGRAMS = 2048
