@@ -6,44 +6,44 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trwkv.synthetic import OBJECTS, byte_tokenizer, lambada_passages
+from trwkv.synthetic import TARGETS, byte_tokenizer, lambada_passages
 
 
 def test_last_word_occurs_once_before_and_early():
     for row in lambada_passages(500, seed=1):
         context, _, target = row["text"].rpartition(" ")
-        assert target in OBJECTS
         sentences = context.split(". ")
-        assert [target in sentence.split() for sentence in sentences].count(True) == 1
-        assert any(target in sentence.split() for sentence in sentences[:2])
+        told = [f'"{target}"' in sentence for sentence in sentences]
+        assert target in TARGETS
         assert len(sentences) >= 3
+        assert told.count(True) == 1 and True in told[:2] and not told[-1]
 
 
-def test_no_other_object_is_named():
+def test_no_other_target_is_named():
     for row in lambada_passages(500, seed=2):
-        words = row["text"].replace(".", "").split()
-        assert {word for word in words if word in OBJECTS} == {words[-1]}
+        words = re.findall(r"\w+", row["text"])
+        assert [word for word in words if word in TARGETS] == [words[-1]] * 2
 
 
 def test_targets_are_uniform_and_distinct_in_their_first_letter():
-    assert len({word[0] for word in OBJECTS}) == len(OBJECTS)
+    assert len({word[0] for word in TARGETS}) == len(TARGETS)
     targets = [row["text"].rpartition(" ")[2] for row in lambada_passages(4800)]
-    counts = [targets.count(word) for word in OBJECTS]
+    counts = [targets.count(word) for word in TARGETS]
     assert sum(counts) == 4800
     assert all(130 < count < 280 for count in counts)  # 200 expected, standard deviation 14
 
 
-@pytest.mark.parametrize("clue", [r"in the (\w+)\.", r"(\w+) (?:took|found) the$", r"(took|found) the$"])
+@pytest.mark.parametrize("clue", [r"(\w+) (?:told|wrote the)", r"(\w+) \w+$", r"(\w+)$", r"(\w+) the word"])
 def test_target_is_independent_of_what_else_is_said(clue):
-    """Place, name, closing sentence: the best guess from one of them is hardly better than chance."""
+    """Names and verbs: the best guess from one of them is hardly better than chance."""
     targets: dict[str, list[str]] = {}
     rows = lambada_passages(12000)
     for row in rows:
         context, _, target = row["text"].rpartition(" ")
         targets.setdefault(re.search(clue, context)[1], []).append(target)
-    right = sum(max(found.count(word) for word in OBJECTS) for found in targets.values())
-    assert 2 <= len(targets) <= 16
-    assert right / len(rows) < 1.5 / len(OBJECTS)
+    right = sum(max(found.count(word) for word in TARGETS) for found in targets.values())
+    assert 2 <= len(targets) <= 20
+    assert right / len(rows) < 1.5 / len(TARGETS)
 
 
 def test_splits_differ_and_a_seed_repeats():
@@ -58,8 +58,8 @@ def test_one_passage_is_the_same_on_every_machine():
 
 
 EXPECTED = (
-    "Karin hid the hammer in the harbor. Nobody spoke. A mouse ran by. At noon it grew sunny. "
-    "At last Karin found the hammer"
+    'Karin wrote the word "hammer" for Leo. Nobody spoke. A mouse ran by. At noon it grew '
+    "sunny. At last Leo wrote hammer"
 )
 
 

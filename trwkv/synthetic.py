@@ -2,9 +2,9 @@
 
 LAMBADA (Paperno et al. 2016) asks for the last word of a passage that people can guess only from the whole
 passage. The passages made here have the same shape, in English simple enough for a model trained in
-minutes: an early sentence names an object, sentences about other things follow, and the closing sentence
-stops right at that object. Nothing but the early sentence tells which of the objects it is, so a model that
-forgets it can only guess.
+minutes: in an early sentence somebody tells a friend a word, sentences about other things follow, and the
+closing sentence stops where the friend repeats it. Nothing but the early sentence tells which word it is, so a
+model that forgets it can only guess.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["OBJECTS", "byte_tokenizer", "lambada_passages"]
+__all__ = ["TARGETS", "byte_tokenizer", "lambada_passages"]
 
 
 def _words(line: str) -> tuple[str, ...]:
@@ -24,20 +24,20 @@ def _words(line: str) -> tuple[str, ...]:
 
 
 #: The words that can end a passage. Their first letters differ, so one byte decides which word it is.
-OBJECTS = _words(
+TARGETS = _words(
     "apple basket candle drum engine flute globe hammer inkwell jar kettle lantern "
     "mirror needle organ piano quilt ribbon saddle trumpet umbrella violin whistle yarn"
 )
 
-_NAMES = _words("Ada Boris Clara Dmitri Elena Felix Greta Hugo Irma Jonas Karin Leo Mina Nils Olga Pavel")
-_PLACES = _words("barn cellar chapel cottage garden harbor kitchen library mill orchard tower workshop")
+_NAMES = _words("Ada Clara Elena Greta Irma Karin Mina Olga")
+_FRIENDS = _words("Boris Dmitri Felix Hugo Jonas Leo Nils Pavel")
 _WEATHER = _words("cold dark dry foggy grey mild rainy snowy still sunny warm windy")
 _ANIMALS = _words("cat crow dog fox goat hen horse mouse sparrow wolf")
 _TIMES = _words("dawn noon dusk night midnight")
 
 _FACTS = (
-    "{name} left the {target} in the {place}.",
-    "{name} hid the {target} in the {place}.",
+    '{name} told {friend} the word "{target}".',
+    '{name} wrote the word "{target}" for {friend}.',
 )
 _FILLERS = (
     "It was a {weather} day.",
@@ -49,8 +49,8 @@ _FILLERS = (
     "The letters came late.",
 )
 _CLOSINGS = (
-    "Then {name} took the {target}",
-    "At last {name} found the {target}",
+    "Then {friend} said {target}",
+    "At last {friend} wrote {target}",
 )
 
 
@@ -59,9 +59,9 @@ def lambada_passages(
 ) -> list[dict[str, str]]:
     """Make `n` LAMBADA-like passages, each `{"text": passage}`; the last word is the target.
 
-    The target is drawn uniformly from :data:`OBJECTS`, independently of everything else in the passage, and
+    The target is drawn uniformly from :data:`TARGETS`, independently of everything else in the passage, and
     occurs exactly twice: in the first or second sentence, and as the last word. Guessing without that
-    sentence is right once in `len(OBJECTS)` times, with a last-word perplexity of at least `len(OBJECTS)`.
+    sentence is right once in `len(TARGETS)` times, with a last-word perplexity of at least `len(TARGETS)`.
 
     Args:
         n: how many passages, at least 1.
@@ -93,11 +93,7 @@ def _passage_of_split(rng: random.Random, split: str, low: int, high: int) -> st
 
 
 def _passage(rng: random.Random, low: int, high: int) -> str:
-    words = {
-        "name": rng.choice(_NAMES),
-        "place": rng.choice(_PLACES),
-        "target": rng.choice(OBJECTS),
-    }
+    words = {"name": rng.choice(_NAMES), "friend": rng.choice(_FRIENDS), "target": rng.choice(TARGETS)}
     opening = [_filler(rng)] if rng.random() < 0.5 else []
     fillers = [_filler(rng) for _ in range(rng.randint(low, high))]
     fact = rng.choice(_FACTS).format(**words)
