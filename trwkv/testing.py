@@ -48,8 +48,9 @@ class WkvCase:
 
     def to(self, target: Any) -> "WkvCase":
         """The case on another device, or in another dtype."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return WkvCase(**{name: x if x is None else x.to(target) for name, x in moved.items()})
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: x if x is None else x.to(target) for name, x in moved.items()}
+        return WkvCase(**moved)
 
 
 def wkv_case(
@@ -94,7 +95,9 @@ def wkv_case(
         initial[:, 2] *= k_range
         if state == "zero":
             initial[:, :2] = 0.0
-            if k_range > 10 or u_range > 10:  # the derivative by an absent state of finite exponent can overflow
+            if (
+                k_range > 10 or u_range > 10
+            ):  # the derivative by an absent state of finite exponent can overflow
                 initial[:, 2] = EMPTY_EXP
     grad_output = torch.randn(*((B, T, P, C) if aggregation is None else (B, T, C)), generator=g)
     grad_state = torch.randn(B, 2, P, C, generator=g).to(narrow) if final_gradient else None
@@ -124,7 +127,9 @@ def true_sums(state: Tensor, exponent: Tensor) -> Tensor:
 
 def gradients(case: WkvCase, run: Any, exponent: Tensor) -> dict[str, Tensor]:
     """Gradients of `case`'s inputs under `run(case) -> (output, final_state)`."""
-    leaves = {name: x.detach().clone(memory_format=torch.preserve_format) for name, x in case.inputs().items()}
+    leaves = {
+        name: x.detach().clone(memory_format=torch.preserve_format) for name, x in case.inputs().items()
+    }
     for x in leaves.values():
         x.requires_grad_()
     traced = WkvCase(**{f.name: leaves.get(f.name, getattr(case, f.name)) for f in fields(case)})
@@ -196,16 +201,24 @@ def _conditions(case: WkvCase, state: Tensor) -> dict[str, Tensor]:
     weights = ones if case.weights is None else case.weights.abs()
     y_size = size.expand(1, 1, *case.w.shape)
     conditions = {
-        "output": y_size if case.weights is None else aggregate(y_size.expand(*case.k.shape[:2], -1, -1), weights)
+        "output": y_size
+        if case.weights is None
+        else aggregate(y_size.expand(*case.k.shape[:2], -1, -1), weights)
     }
     g = case.grad_output.abs() if case.grad_output.ndim == 4 else case.grad_output.abs().unsqueeze(2)
-    g_y = g * (weights.reshape(1, 1, *weights.shape) if weights.ndim == 2 else weights[..., None])  # [B, T, P, C]
+    g_y = g * (
+        weights.reshape(1, 1, *weights.shape) if weights.ndim == 2 else weights[..., None]
+    )  # [B, T, P, C]
     g_y = g_y.expand(*case.k.shape[:2], *case.w.shape)
     g_rows = torch.cat([g_y, torch.zeros_like(g_y[:, :1])], dim=1)
     spread = 2 * size
-    if case.grad_state is not None:  # the final sums as one more row, with derivatives by log weight of its own
+    if (
+        case.grad_state is not None
+    ):  # the final sums as one more row, with derivatives by log weight of its own
         sums = state.abs()
-        from_state = case.grad_state[:, 0].abs() * sums[:, 1] + (case.grad_state[:, 1].abs() * sums[:, 1]) / size
+        from_state = (
+            case.grad_state[:, 0].abs() * sums[:, 1] + (case.grad_state[:, 1].abs() * sums[:, 1]) / size
+        )
         g_rows[:, -1] = from_state
     received = torch.einsum("btipc,btpc->bipc", share, g_rows)  # by the initial state and by every token
     lag = torch.arange(T + 1)[:, None] - torch.arange(T + 1)[None]
@@ -230,6 +243,9 @@ def _conditions(case: WkvCase, state: Tensor) -> dict[str, Tensor]:
 
 def _initial_condition(case: WkvCase, g_rows: Tensor, size: Tensor) -> Tensor:
     """By the state's true sums: what a state of den = 1 and the same exponent would weigh, over the true weight."""
+    if case.initial_state is None:
+        raise ValueError("case: expected one with an initial state; got None")
+    assert case.initial_state is not None
     num, den, exp = case.initial_state.unbind(1)
     lacking = (den == 0) & (num == 0)
     probe = torch.stack([num, torch.where(lacking, 1.0, den), torch.where(lacking, exp - 100.0, exp)], dim=1)
@@ -254,8 +270,9 @@ def assert_accurate(name: str, actual: Tensor, truth: WkvTruth) -> None:
         worst = int((error / allowed.clamp(min=1e-300)).argmax())
         at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), value.shape))
         raise AssertionError(
-            f"{name}{list(at)}: got {actual[at].item():.9g}, true {value[at].item():.9g}: error {error[at].item():.3g}, "
-            f"allowed {allowed[at].item():.3g} (condition {condition[at].item():.3g})"
+            f"{name}{list(at)}: got {actual[at].item():.9g}, true {value[at].item():.9g}: "
+            f"error {error[at].item():.3g}, allowed {allowed[at].item():.3g} "
+            f"(condition {condition[at].item():.3g})"
         )
     _assert_channels(name, error, value, condition, actual.dtype)
 
@@ -288,7 +305,8 @@ def _assert_channels(name: str, error: Tensor, value: Tensor, condition: Tensor,
     rounding = torch.zeros_like(value)
     if dtype in (torch.bfloat16, torch.float16):
         rounding = _roundings() * half_ulp(value, dtype) / 3**0.5  # a uniform error's root mean square
-    arithmetic = allowed_error(value, condition, torch.float64 if dtype == torch.float64 else torch.float32) / 4
+    computed_in = torch.float64 if dtype == torch.float64 else torch.float32
+    arithmetic = allowed_error(value, condition, computed_in) / 4
     axes = tuple(range(value.ndim - 1))
     rms = error.square().mean(axes).sqrt()
     allowed = (rounding + arithmetic).square().mean(axes).sqrt()

@@ -1,8 +1,7 @@
 """Hypothesis strategies: shapes, dtypes, layouts and options drawn together."""
 
-from hypothesis import strategies as st
-
 import torch
+from hypothesis import strategies as st
 
 from trwkv.testing import WkvCase, wkv_case
 

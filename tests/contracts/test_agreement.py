@@ -3,7 +3,6 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.contracts.implementations import ALL, FAST, GPU, Implementation
 from tests.contracts.strategies import cases
@@ -11,18 +10,26 @@ from trwkv.ops import reference_wkv
 from trwkv.ops.wkv.reference import direct_wkv, step_wkv
 from trwkv.testing import assert_accurate, gradients, true_sums, wkv_case, wkv_truth
 
-EXAMPLES = {"reference": 10, "torch-chunk": 80, "torch-recurrent": 10, "triton-chunk": 25, "triton-recurrent": 12}
+EXAMPLES = {
+    "reference": 10,
+    "torch-chunk": 80,
+    "torch-recurrent": 10,
+    "triton-chunk": 25,
+    "triton-recurrent": 12,
+}
 
 
 def examples(implementation: Implementation) -> settings:
     count = EXAMPLES[implementation.name] * (8 if GPU else 1)
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
 
 
 @pytest.mark.parametrize("adversarial", [False, True], ids=["usual", "adversarial"])
 @pytest.mark.parametrize("implementation", ALL, ids=lambda i: i.name)
 def test_results_and_gradients(implementation: Implementation, adversarial: bool) -> None:
-    quick = implementation.backend == "torch" and implementation.name.endswith("chunk") or GPU
+    quick = (implementation.backend == "torch" and implementation.name.endswith("chunk")) or GPU
 
     @examples(implementation)
     @given(cases(adversarial=adversarial, long=quick))

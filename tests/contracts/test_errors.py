@@ -86,7 +86,7 @@ def test_wrong_call(name: str, change: Callable, error: type[Exception], says: t
 
 @pytest.mark.parametrize("op", [chunk_wkv, recurrent_wkv, reference_wkv])
 def test_every_function_validates(op: Callable) -> None:
-    with pytest.raises(ValueError, match="^k: expected shape"):
+    with pytest.raises(ValueError, match=r"^k: expected shape"):
         op(**(arguments() | {"k": torch.ones(B, T, C + 1)}))
 
 
@@ -105,5 +105,7 @@ def test_too_many_perspectives_for_the_kernels(implementation: Implementation) -
 @pytest.mark.skipif(GPU, reason="needs a machine without a GPU")
 def test_triton_on_the_cpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match=r"backend: 'triton' needs tensors on a GPU.*TRITON_INTERPRET=1.*'cpu'"):
+    with pytest.raises(
+        ValueError, match=r"backend: 'triton' needs tensors on a GPU.*TRITON_INTERPRET=1.*'cpu'"
+    ):
         multi_perspective_wkv(**arguments(), backend="triton")

@@ -194,7 +194,9 @@ def test_no_tokens(implementation: Implementation) -> None:
     output, state = implementation.run(case)
     assert output.shape == (2, 0, 2, 3)
     exponent = case.initial_state[:, 2].double()
-    torch.testing.assert_close(true_sums(state, exponent), true_sums(case.initial_state, exponent), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        true_sums(state, exponent), true_sums(case.initial_state, exponent), rtol=1e-6, atol=0
+    )
     _, fresh = implementation.run(changed(case, initial_state=None))
     assert (fresh[:, :2] == 0).all()
     assert torch.isfinite(fresh).all()
@@ -204,9 +206,13 @@ def test_no_tokens(implementation: Implementation) -> None:
 def test_a_fresh_state_written_out_is_none(implementation: Implementation) -> None:
     case = wkv_case(1, 6, 2, 3).to(implementation.device)
     _, fresh = implementation.run(part(case, 0, 0, None))
-    assert torch.equal(implementation.run(case).output, implementation.run(changed(case, initial_state=fresh)).output)
+    assert torch.equal(
+        implementation.run(case).output, implementation.run(changed(case, initial_state=fresh)).output
+    )
     zeros = torch.zeros_like(fresh)
-    assert torch.equal(implementation.run(case).output, implementation.run(changed(case, initial_state=zeros)).output)
+    assert torch.equal(
+        implementation.run(case).output, implementation.run(changed(case, initial_state=zeros)).output
+    )
 
 
 CONFIGURATIONS = [

@@ -63,7 +63,9 @@ class Launch:
             if is_aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+        return triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
+        )
 
 
 def _describe(value: Any, is_constexpr: bool) -> tuple[str, bool]:

@@ -19,8 +19,9 @@ torch.library.define(
 )
 torch.library.define(
     "trwkv::wkv_backward",
-    "(Tensor grad_output, Tensor? grad_final_state, Tensor final_state, Tensor w, Tensor u, Tensor k, Tensor v, Tensor? weights,"
-    " Tensor? initial_state, Tensor checkpoint, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_output, Tensor? grad_final_state, Tensor final_state, Tensor w, Tensor u, Tensor k, Tensor v,"
+    " Tensor? weights, Tensor? initial_state, Tensor checkpoint, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -121,7 +122,17 @@ def _autograd(ctx, grad_output, grad_final_state, _grad_checkpoint):
         P, C = w.shape
         grad_output = v.new_zeros((*k.shape[:2], P, C) if weights is None else (*k.shape[:2], C))
     grads = torch.ops.trwkv.wkv_backward(
-        grad_output, grad_final_state, final_state, w, u, k, v, weights, initial_state, checkpoint, ctx.backend
+        grad_output,
+        grad_final_state,
+        final_state,
+        w,
+        u,
+        k,
+        v,
+        weights,
+        initial_state,
+        checkpoint,
+        ctx.backend,
     )
     inputs = (w, u, k, v, weights, initial_state)
     return (*(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None, None)

@@ -32,7 +32,14 @@ from trwkv.ops.wkv.kernel_math import (
 
 @triton.jit
 def load_grad_y(
-    grad_output, weights, row, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr
+    grad_output,
+    weights,
+    row,
+    c,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):
     """Gradient of each perspective's y at one token, and that of the aggregated output (zero when there is none)."""
     out = ()
@@ -132,7 +139,21 @@ def fast_tile_bwd(
             dw_tile = dw_next
             dweights = dweights_next
             store_token_grads(
-                grad_k, grad_v, grad_weights, row + j, c, e, j_v, from_num, from_den, g, y, C, P, BLOCK_C, WEIGHTS
+                grad_k,
+                grad_v,
+                grad_weights,
+                row + j,
+                c,
+                e,
+                j_v,
+                from_num,
+                from_den,
+                g,
+                y,
+                C,
+                P,
+                BLOCK_C,
+                WEIGHTS,
             )
     a_begin = ()
     b_begin = ()
@@ -278,7 +299,13 @@ def walk_tile_back(
 
 @triton.jit
 def load_last_adjoint(
-    states_end, grad_final_state, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, HAS_FINAL: tl.constexpr
+    states_end,
+    grad_final_state,
+    c,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
 ):
     """Adjoint after the chunk from outside it: that of the final state, if any; its exponent is the state's."""
     _, _, O = load_triple(states_end, c, C, P, BLOCK_C)

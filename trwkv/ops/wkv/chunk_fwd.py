@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from trwkv.ops.wkv.kernel_math import (
-    EMPTY,
     SAFE_BITS,
     empty_state,
     exact_output,
@@ -31,7 +30,9 @@ from trwkv.ops.wkv.kernel_math import (
 
 
 @triton.jit
-def load_weights(weights, row, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr):
+def load_weights(
+    weights, row, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr
+):
     """Aggregation weights of one token (`row` counts tokens over the batch): per channel or per token."""
     out = ()
     for p in tl.static_range(P):
@@ -254,9 +255,7 @@ def exact_tile(
         O_next = ()
         for p in tl.static_range(P):
             if OUTPUT:
-                num, den, _ = exact_output(
-                    A[p], B[p], O[p], bonus[p], bonus_exponent[p], e, exponent, i_v
-                )
+                num, den, _ = exact_output(A[p], B[p], O[p], bonus[p], bonus_exponent[p], e, exponent, i_v)
                 y += (num * reciprocal(den, APPROX),)
             a, b, o = exact_update(A[p], B[p], O[p], decay[p], decay_exponent[p], e, exponent, i_v)
             A_next += (a,)
