@@ -15,7 +15,7 @@ def test_last_word_occurs_once_before_and_early():
         sentences = context.split(". ")
         told = [f'"{target}"' in sentence for sentence in sentences]
         assert target in TARGETS
-        assert len(sentences) >= 3
+        assert 6 <= len(sentences) <= 11
         assert told.count(True) == 1 and True in told[:2] and not told[-1]
 
 
@@ -33,7 +33,7 @@ def test_targets_are_uniform_and_distinct_in_their_first_letter():
     assert all(130 < count < 280 for count in counts)  # 200 expected, standard deviation 14
 
 
-@pytest.mark.parametrize("clue", [r"(\w+) (?:told|wrote the)", r"(\w+) \w+$", r"(\w+)$", r"(\w+) the word"])
+@pytest.mark.parametrize("clue", [r"(\w+) \w+ the word", r"(\w+) the word", r"(\w+)$"])
 def test_target_is_independent_of_what_else_is_said(clue):
     """Names and verbs: the best guess from one of them is hardly better than chance."""
     targets: dict[str, list[str]] = {}
@@ -58,8 +58,9 @@ def test_one_passage_is_the_same_on_every_machine():
 
 
 EXPECTED = (
-    'Karin wrote the word "hammer" for Leo. Nobody spoke. A mouse ran by. At noon it grew '
-    "sunny. At last Leo wrote hammer"
+    'At noon it grew warm. Karin heard the word "lantern". The road was snowy. It was a rainy '
+    "day. Nobody spoke. The crow and the wolf slept. The wolf and the wolf slept. Then she said "
+    "lantern"
 )
 
 

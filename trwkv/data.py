@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["TokenBlocks", "check_hub", "check_train_source", "is_hub_id", "load_tokenizer", "token_blocks"]
 
 EMBEDDED_PASSAGES = 20_000
+# Sentences between a word and its repetition: a model trained on the short passages forgets it in the long ones.
+_EMBEDDED_FILLERS = {"embedded": (4, 8), "embedded-short": (0, 2)}
 _FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json"}
 _BATCH_ROWS = 1000
 
@@ -59,11 +61,11 @@ def token_blocks(
     """Tokenize `source` and cut the token stream into blocks of `context_length`; a remainder is dropped.
 
     Args:
-        source: "embedded" (generated passages), a file (`.txt`, one paragraph a line, or `.jsonl` with a
-            "text" field; both also with `.gz`), several of them separated by commas, or a hub dataset,
-            `owner/name` or `owner/name:configuration`, whose "train" split has a "text" column. Where a
-            source consists of documents (files, rows of a jsonl file or a dataset, passages), the
-            end-of-text token follows each.
+        source: "embedded" or "embedded-short" (generated passages, the short ones with a much shorter way
+            between a word and its repetition), a file (`.txt`, one paragraph a line, or `.jsonl` with a "text"
+            field; both also with `.gz`), several of them separated by commas, or a hub dataset, `owner/name` or
+            `owner/name:configuration`, whose "train" split has a "text" column. Where a source consists of
+            documents (files, rows of a jsonl file or a dataset, passages), the end-of-text token follows each.
         tokenizer: must have an end-of-text token.
         context_length: tokens per block.
         max_tokens: stop reading here.
@@ -94,8 +96,9 @@ def token_blocks(
 
 def _batches(source: str, seed: int) -> Iterator[tuple[list[str], list[bool]]]:
     """Batches of texts, and for each text whether a document ends with it."""
-    if source == "embedded":
-        texts = [row["text"] for row in lambada_passages(EMBEDDED_PASSAGES, seed=seed)]
+    if source in _EMBEDDED_FILLERS:
+        rows = lambada_passages(EMBEDDED_PASSAGES, seed=seed, n_fillers=_EMBEDDED_FILLERS[source])
+        texts = [row["text"] for row in rows]
         for start in range(0, len(texts), _BATCH_ROWS):
             batch = texts[start : start + _BATCH_ROWS]
             yield batch, [True] * len(batch)
@@ -148,7 +151,7 @@ def is_hub_id(source: str) -> bool:
 
 def check_train_source(source: str) -> None:
     """Raise ValueError, saying what to do, if :func:`token_blocks` could not read `source` here."""
-    if source == "embedded":
+    if source in _EMBEDDED_FILLERS:
         return
     if is_hub_id(source):
         check_hub(source, '"embedded" or the path of a text file')

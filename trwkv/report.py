@@ -125,7 +125,7 @@ def plot_losses(
             if len(points) == 1:
                 axis.axhline(losses[0], color="0.4", linestyle="--", label=name)
             else:
-                axis.plot(steps, losses, color=f"C{index}", linewidth=1.6, label=name)
+                axis.plot(steps, losses, ("-", "--", ":", "-.")[index % 4], color=f"C{index}", label=name)
         axis.set_title(panel, fontsize=10)
         axis.set_xlabel("step")
         axis.set_ylabel("loss (nats per token)")

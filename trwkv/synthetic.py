@@ -2,8 +2,8 @@
 
 LAMBADA (Paperno et al. 2016) asks for the last word of a passage that people can guess only from the whole
 passage. The passages made here have the same shape, in English simple enough for a model trained in
-minutes: in an early sentence somebody tells a friend a word, sentences about other things follow, and the
-closing sentence stops where the friend repeats it. Nothing but the early sentence tells which word it is, so a
+minutes: in an early sentence somebody hears or reads a word, sentences about other things follow, and the
+closing sentence stops where she repeats it. Nothing but the early sentence tells which word it is, so a
 model that forgets it can only guess.
 """
 
@@ -30,14 +30,13 @@ TARGETS = _words(
 )
 
 _NAMES = _words("Ada Clara Elena Greta Irma Karin Mina Olga")
-_FRIENDS = _words("Boris Dmitri Felix Hugo Jonas Leo Nils Pavel")
 _WEATHER = _words("cold dark dry foggy grey mild rainy snowy still sunny warm windy")
 _ANIMALS = _words("cat crow dog fox goat hen horse mouse sparrow wolf")
 _TIMES = _words("dawn noon dusk night midnight")
 
 _FACTS = (
-    '{name} told {friend} the word "{target}".',
-    '{name} wrote the word "{target}" for {friend}.',
+    '{name} heard the word "{target}".',
+    '{name} read the word "{target}".',
 )
 _FILLERS = (
     "It was a {weather} day.",
@@ -49,13 +48,13 @@ _FILLERS = (
     "The letters came late.",
 )
 _CLOSINGS = (
-    "Then {friend} said {target}",
-    "At last {friend} wrote {target}",
+    "Then she said {target}",
+    "At last she wrote {target}",
 )
 
 
 def lambada_passages(
-    n: int, *, seed: int = 0, split: str = "train", n_fillers: tuple[int, int] = (1, 3)
+    n: int, *, seed: int = 0, split: str = "train", n_fillers: tuple[int, int] = (4, 8)
 ) -> list[dict[str, str]]:
     """Make `n` LAMBADA-like passages, each `{"text": passage}`; the last word is the target.
 
@@ -93,7 +92,7 @@ def _passage_of_split(rng: random.Random, split: str, low: int, high: int) -> st
 
 
 def _passage(rng: random.Random, low: int, high: int) -> str:
-    words = {"name": rng.choice(_NAMES), "friend": rng.choice(_FRIENDS), "target": rng.choice(TARGETS)}
+    words = {"name": rng.choice(_NAMES), "target": rng.choice(TARGETS)}
     opening = [_filler(rng)] if rng.random() < 0.5 else []
     fillers = [_filler(rng) for _ in range(rng.randint(low, high))]
     fact = rng.choice(_FACTS).format(**words)
