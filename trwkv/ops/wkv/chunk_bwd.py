@@ -16,10 +16,9 @@ from trwkv.ops.wkv.kernel_math import (
     EMPTY,
     exact_output,
     exact_update,
-    load_bonus,
-    load_decay,
     load_row,
     load_triple,
+    load_vectors,
     pow2,
     reciprocal,
     split_k,
@@ -70,14 +69,13 @@ def store_token_grads(
 
 @triton.jit
 def fast_tile_bwd(
-    a, b, O, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, w, u, weights, grad_output,
+    a, b, O, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
     grad_k, grad_v, grad_weights, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back."""
-    decay, decay_exponent, defect = load_decay(w, c, C, P, BLOCK_C, BLOCK_T)
-    bonus, bonus_exponent = load_bonus(u, c, C, P, BLOCK_C)
+    decay, decay_exponent, defect, bonus, bonus_exponent = vectors
     W = ()
     U = ()
     A_rows = ()  # entry j * P + p: before token j
@@ -209,14 +207,13 @@ def exact_token_bwd(
 
 @triton.jit
 def exact_tile_bwd(
-    a, b, O, dw, du, dweights, A0, B0, O0, w, u, k, v, weights, grad_output,
+    a, b, O, dw, du, dweights, A0, B0, O0, vectors, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """Any data, up to BLOCK_T tokens: before each token the state is computed anew from the tile's start."""
-    decay, decay_exponent, defect = load_decay(w, c, C, P, BLOCK_C, BLOCK_T)
-    bonus, bonus_exponent = load_bonus(u, c, C, P, BLOCK_C)
+    decay, decay_exponent, defect, bonus, bonus_exponent = vectors
     a_end = a
     b_end = b
     O_end = O
@@ -267,7 +264,7 @@ def exact_tile_bwd(
 
 @triton.jit
 def walk_tile_back(
-    a, b, O, dw, du, dweights, A, B, A_exponent, w, u, k, v, weights, grad_output,
+    a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
@@ -282,15 +279,15 @@ def walk_tile_back(
         j_row = row + tl.minimum(j, last)
         k_rows += (load_row(k + j_row * C, c, C, BLOCK_C, 0.0),)
         v_rows += (load_row(v + j_row * C, c, C, BLOCK_C, 0.0),)
-    top, is_safe = tile_stabiliser(k_rows, A_exponent, w, u, c, C, P, BLOCK_C, BLOCK_T)
+    top, is_safe = tile_stabiliser(k_rows, A_exponent, vectors, P, BLOCK_T)
     if is_safe & is_full:
         a, b, O, dw, du, dweights = fast_tile_bwd(
-            a, b, O, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, w, u, weights, grad_output,
+            a, b, O, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
             grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, WEIGHTS, GRADS, APPROX,
         )  # fmt: skip
     else:
         a, b, O, dw, du, dweights = exact_tile_bwd(
-            a, b, O, dw, du, dweights, A, B, A_exponent, w, u, k, v, weights, grad_output,
+            a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
             grad_k, grad_v, grad_weights, row, tl.minimum(BLOCK_T, end - t0), c,
             C, P, BLOCK_C, BLOCK_T, WEIGHTS, GRADS, APPROX,
         )  # fmt: skip
@@ -368,6 +365,7 @@ def wkv_chunk_bwd_kernel(
     if WEIGHTS == "token":
         grad_weights += i_c.to(tl.int64) * (tl.num_programs(0) // n_blocks // n_chunks) * T * P
 
+    vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
     p_final = grad_final_state
     if HAS_FINAL:
         p_final += i_b * (3 * P * C)
@@ -401,7 +399,7 @@ def wkv_chunk_bwd_kernel(
             store_triple(p_scratch + i * (3 * P * BLOCK_C), lane, A, B, A_exponent, BLOCK_C, P, BLOCK_C)
             if i + 1 < n_tiles:
                 A, B, A_exponent = walk_tile(
-                    A, B, A_exponent, w, u, k, v, weights, grad_k, row0, segment + i * BLOCK_T, stop, c,
+                    A, B, A_exponent, vectors, k, v, weights, grad_k, row0, segment + i * BLOCK_T, stop, c,
                     C, P, BLOCK_C, BLOCK_T, WEIGHTS, False, APPROX,
                 )  # fmt: skip
         tl.debug_barrier()  # the scratch rows are read back by other lanes if the compiler lays them out otherwise
@@ -409,7 +407,7 @@ def wkv_chunk_bwd_kernel(
             tile = n_tiles - 1 - i
             A, B, A_exponent = load_triple(p_scratch + tile * (3 * P * BLOCK_C), lane, BLOCK_C, P, BLOCK_C)
             a, b, O, dw, du, dweights = walk_tile_back(
-                a, b, O, dw, du, dweights, A, B, A_exponent, w, u, k, v, weights, grad_output,
+                a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
                 grad_k, grad_v, grad_weights, row0, segment + tile * BLOCK_T, stop, c,
                 C, P, BLOCK_C, BLOCK_T, WEIGHTS, GRADS, APPROX,
             )  # fmt: skip

@@ -13,11 +13,10 @@ from trwkv.ops.wkv.kernel_math import (
     empty_state,
     exact_output,
     exact_update,
-    load_bonus,
-    load_decay,
     load_row,
     load_triple,
     load_user_state,
+    load_vectors,
     normalise,
     pow2,
     reciprocal,
@@ -60,9 +59,7 @@ def store_output(
 
 
 @triton.jit
-def tile_stabiliser(
-    k_rows, O, w, u, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr
-):
+def tile_stabiliser(k_rows, O, vectors, P: tl.constexpr, BLOCK_T: tl.constexpr):
     """The exponent that one tile computes in, and whether every sum in it then stays within SAFE_BITS."""
     k_max = k_rows[0].to(tl.float32)
     k_min = k_max
@@ -73,8 +70,7 @@ def tile_stabiliser(
     _, bottom = split_k(k_min)
     for p in tl.static_range(P):
         top = tl.maximum(top, O[p])
-    _, decay_exponent, _ = load_decay(w, c, C, P, BLOCK_C, 1)
-    _, bonus_exponent = load_bonus(u, c, C, P, BLOCK_C)
+    _, decay_exponent, _, _, bonus_exponent = vectors
     safe = top == top
     for p in tl.static_range(P):
         tokens = bottom - top + tl.minimum(bonus_exponent[p], 0.0) >= -SAFE_BITS
@@ -120,6 +116,7 @@ def wkv_chunk_fwd_kernel(
     row0 = i_b * T
     p_slot = states + (i_b * slots + i_n * slots_per_chunk) * (3 * P * C)
 
+    vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
     A, B, O = empty_state(P, BLOCK_C)
     if OUTPUT:
         if n_chunks > 1:
@@ -135,7 +132,7 @@ def wkv_chunk_fwd_kernel(
                 p_saved = states + (i_b * slots + t0 // SEGMENT) * (3 * P * C)
                 store_triple(p_saved, c, A, B, O, C, P, BLOCK_C)
         A, B, O = walk_tile(
-            A, B, O, w, u, k, v, weights, output, row0, t0, end, c,
+            A, B, O, vectors, k, v, weights, output, row0, t0, end, c,
             C, P, BLOCK_C, BLOCK_T, WEIGHTS, OUTPUT, APPROX,
         )  # fmt: skip
 
@@ -150,7 +147,7 @@ def wkv_chunk_fwd_kernel(
 
 @triton.jit
 def walk_tile(
-    A, B, O, w, u, k, v, weights, output, row0, t0, end, c,
+    A, B, O, vectors, k, v, weights, output, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
@@ -164,15 +161,15 @@ def walk_tile(
         j_row = row + tl.minimum(j, last)
         k_rows += (load_row(k + j_row * C, c, C, BLOCK_C, 0.0),)
         v_rows += (load_row(v + j_row * C, c, C, BLOCK_C, 0.0),)
-    top, is_safe = tile_stabiliser(k_rows, O, w, u, c, C, P, BLOCK_C, BLOCK_T)
+    top, is_safe = tile_stabiliser(k_rows, O, vectors, P, BLOCK_T)
     if is_safe & is_full:
         A, B, O = fast_tile(
-            A, B, O, top, k_rows, v_rows, w, u, weights, output, row, c,
+            A, B, O, top, k_rows, v_rows, vectors, weights, output, row, c,
             C, P, BLOCK_C, BLOCK_T, WEIGHTS, OUTPUT, APPROX,
         )  # fmt: skip
     else:
         A, B, O = exact_tile(
-            A, B, O, w, u, k, v, weights, output, row, tl.minimum(BLOCK_T, end - t0), c,
+            A, B, O, vectors, k, v, weights, output, row, tl.minimum(BLOCK_T, end - t0), c,
             C, P, BLOCK_C, BLOCK_T, WEIGHTS, OUTPUT, APPROX,
         )  # fmt: skip
     return A, B, O
@@ -180,13 +177,12 @@ def walk_tile(
 
 @triton.jit
 def fast_tile(
-    A, B, O, top, k_rows, v_rows, w, u, weights, output, row, c,
+    A, B, O, top, k_rows, v_rows, vectors, weights, output, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """One exponent, `top`, for all perspectives and tokens: multiply-adds and a reciprocal per perspective."""
-    decay, decay_exponent, defect = load_decay(w, c, C, P, BLOCK_C, BLOCK_T)
-    bonus, bonus_exponent = load_bonus(u, c, C, P, BLOCK_C)
+    decay, decay_exponent, defect, bonus, bonus_exponent = vectors
     W = ()
     U = ()
     A0 = ()
@@ -236,13 +232,12 @@ def end_tile(A, B, top, A0, B0, defect, decay_exponent, P: tl.constexpr, BLOCK_T
 
 @triton.jit
 def exact_tile(
-    A, B, O, w, u, k, v, weights, output, row, steps, c,
+    A, B, O, vectors, k, v, weights, output, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """The same roundings as `fast_tile` with an exponent per perspective and step: any data, up to BLOCK_T tokens."""
-    decay, decay_exponent, defect = load_decay(w, c, C, P, BLOCK_C, BLOCK_T)
-    bonus, bonus_exponent = load_bonus(u, c, C, P, BLOCK_C)
+    decay, decay_exponent, defect, bonus, bonus_exponent = vectors
     A0 = A
     B0 = B
     O0 = O

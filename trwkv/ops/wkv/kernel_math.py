@@ -72,15 +72,17 @@ def split_log(x, steps):
 
 
 @triton.jit
-def load_decay(w, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Per perspective: mantissa and exponent of one step's decay, and the defect of BLOCK_T such steps.
+def load_vectors(w, u, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Per perspective: mantissas and exponents of one step's decay and of the bonus, and the decay's defect.
 
-    The rounding of the mantissa is systematic: over T steps it would grow with T. The defect, mantissa^BLOCK_T less
-    the same power of its rounded value, is added once per tile and stops it.
+    The rounding of the decay's mantissa is systematic: over T steps it would grow with T. The defect, mantissa^BLOCK_T
+    less the same power of its rounded value, is added once per tile and stops it.
     """
-    mantissa = ()
-    exponent = ()
+    decay = ()
+    decay_exponent = ()
     defect = ()
+    bonus = ()
+    bonus_exponent = ()
     for p in tl.static_range(P):
         exact, n = split_log(load_row(w + p * C, c, C, BLOCK_C, 0.0), 1.0)
         rounded = exact.to(tl.float32)
@@ -90,21 +92,13 @@ def load_decay(w, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BL
             if 2**i < BLOCK_T:
                 power = power * power
                 rounded_power = rounded_power * rounded_power
-        mantissa += (rounded,)
-        exponent += (n,)
+        decay += (rounded,)
+        decay_exponent += (n,)
         defect += ((power - rounded_power).to(tl.float32),)
-    return mantissa, exponent, defect
-
-
-@triton.jit
-def load_bonus(u, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
-    mantissa = ()
-    exponent = ()
-    for p in tl.static_range(P):
         exact, n = split_log(load_row(u + p * C, c, C, BLOCK_C, 0.0), 1.0)
-        mantissa += (exact.to(tl.float32),)
-        exponent += (n,)
-    return mantissa, exponent
+        bonus += (exact.to(tl.float32),)
+        bonus_exponent += (n,)
+    return decay, decay_exponent, defect, bonus, bonus_exponent
 
 
 @triton.jit

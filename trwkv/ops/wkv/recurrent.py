@@ -8,7 +8,7 @@ from torch import Tensor
 from trwkv.ops._dispatch import device_guard, is_approximate_reciprocal_available
 from trwkv.ops._tuning import config_for
 from trwkv.ops.wkv.chunk_fwd import exact_tile
-from trwkv.ops.wkv.kernel_math import empty_state, load_user_state, store_user_state
+from trwkv.ops.wkv.kernel_math import empty_state, load_user_state, load_vectors, store_user_state
 from trwkv.ops.wkv.layout import by_channel, finish_output, kernel_layout
 
 BLOCK_C = 32
@@ -35,12 +35,13 @@ def wkv_recurrent_fwd_kernel(
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = (tl.program_id(0) % n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_b = (tl.program_id(0) // n_blocks).to(tl.int64)
+    vectors = load_vectors(w, u, c, C, P, BLOCK_C, 1)
     A, B, O = empty_state(P, BLOCK_C)
     if HAS_INITIAL:
         A, B, O = load_user_state(initial_state + i_b * (3 * P * C), c, C, P, BLOCK_C)
     for t in range(0, T):
         A, B, O = exact_tile(
-            A, B, O, w, u, k, v, weights, output, i_b * T + t, 1, c,
+            A, B, O, vectors, k, v, weights, output, i_b * T + t, 1, c,
             C, P, BLOCK_C, 1, WEIGHTS, True, APPROX,
         )  # fmt: skip
     store_user_state(final_state + i_b * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
