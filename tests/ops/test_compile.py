@@ -1,0 +1,82 @@
+"""Every shipped configuration compiles for sm_80 and sm_90, without a GPU, and spills no register.
+
+The interpreter accepts programs that the compiler rejects, so this runs in processes of its own, without it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from trwkv.ops._tuning import CONFIGS
+
+CODE = """
+import json, sys, torch
+from trwkv.ops._compile import record_launches, resources
+from trwkv.ops.wkv import chunk, recurrent
+
+P, capability, dtype, kind, state = json.loads(sys.argv[1])
+dtype = getattr(torch, dtype)
+B, T, C = 2, 4096, 768
+w, k = torch.empty(P, C), torch.empty(B, T, C, dtype=dtype)
+weights = {"none": None, "PC": torch.empty(P, C), "BTP": torch.empty(B, T, P, dtype=dtype)}[kind]
+initial = torch.empty(B, 3, P, C) if state else None
+with record_launches() as launches:
+    output, final, saved = chunk.chunk_forward(w, w, k, k, weights, initial, save=True)
+    chunk.chunk_backward(output, final if state else None, w, w, k, k, weights, initial, saved)
+    recurrent.recurrent_forward(w, w, k, k, weights, initial)
+for launch in launches:
+    r = resources(launch.compile(capability))
+    flag = launch.options.get("OUTPUT", launch.options.get("GRADS"))
+    print(json.dumps([launch.name, flag, r.registers, r.spill_bytes]))
+"""
+
+KERNELS = {
+    "wkv_chunk_fwd_kernel",
+    "wkv_chunk_scan_kernel",
+    "wkv_chunk_bwd_kernel",
+    "wkv_chunk_bwd_scan_kernel",
+    "wkv_recurrent_fwd_kernel",
+}
+
+
+def compile_all(P: int, capability: int, dtype: str, weights: str, state: bool) -> list[tuple[str, int, int]]:
+    """Name, registers and spilled bytes of each of the op's launches."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    arguments = json.dumps([P, capability, dtype, weights, state])
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row[0] for row in rows} == KERNELS
+    assert len(rows) == 7  # the walks of both chunk kernels, without and with results
+    return [(f"{name} {flag}", registers, spilled) for name, flag, registers, spilled in rows]
+
+
+QUICK = [
+    (1, 80, "bfloat16", "none", False),
+    (1, 90, "float32", "PC", True),
+    (3, 90, "bfloat16", "BTP", True),
+]
+SLOW = [
+    (P, capability, dtype, weights, state)
+    for P in CONFIGS
+    for capability in (80, 90)
+    for dtype in ("float32", "bfloat16", "float16")
+    for weights, state in (("none", False), ("PC", True), ("BTP", True))
+]
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=str)
+def test_compiles_without_spills(arguments: tuple) -> None:
+    for name, registers, spilled in compile_all(*arguments):
+        assert spilled == 0, f"{name}: {registers} registers, {spilled} bytes spilled"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [a for a in SLOW if a not in QUICK], ids=str)
+def test_every_configuration_compiles_without_spills(arguments: tuple) -> None:
+    test_compiles_without_spills(arguments)
