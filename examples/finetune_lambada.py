@@ -192,9 +192,9 @@ class Run:
 def read_blocks(
     options: argparse.Namespace, tokenizer: Any, source: str, steps: int
 ) -> tuple[TokenBlocks, TokenBlocks]:
-    """The text to train on, as much of a hub dataset as `steps` need; and a little that is held out."""
+    """The text to train on and a little that is held out; of what is made or downloaded, only what `steps` need."""
     max_tokens = MAX_TRAIN_TOKENS
-    if is_hub_id(source):
+    if is_hub_id(source) or source.startswith("embedded"):
         max_tokens = min(max_tokens, (steps * options.batch_size + HELD_OUT_BLOCKS) * options.context_length)
     settings = {"context_length": options.context_length, "max_tokens": max_tokens, "seed": options.seed}
     blocks = token_blocks(source, tokenizer, **settings)

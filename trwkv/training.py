@@ -45,6 +45,7 @@ class TrainingResult:
     Attributes:
         history: `(step, training loss)` pairs, each loss the mean over the steps since the pair before; also
             those of the runs that this one continued.
+        steps: that this call took; fewer than asked for if it continued a run.
         tokens_per_second: of this call alone, with logging and checkpoints.
         seconds: of this call alone.
         peak_memory_mib: on a GPU, the most that torch had allocated there; on Linux without a GPU, the most
@@ -52,6 +53,7 @@ class TrainingResult:
     """
 
     history: list[tuple[int, float]]
+    steps: int
     tokens_per_second: float
     seconds: float
     peak_memory_mib: float | None
@@ -115,6 +117,7 @@ def train(
     block_tokens = len(blocks[0]["input_ids"])
     return TrainingResult(
         history=[(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log],
+        steps=watch.steps,
         tokens_per_second=watch.steps * batch_size * block_tokens / watch.seconds,
         seconds=watch.seconds,
         peak_memory_mib=watch.peak_memory_mib,
