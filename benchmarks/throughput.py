@@ -160,10 +160,16 @@ def _load_average() -> float | None:
 
 
 def _commit() -> str:
-    """The commit that ran, marked "-dirty" if tracked files differ from it; "unknown" outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit that ran, marked "-dirty" if what was measured differs from it; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        folder = Path(__file__).parent.parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--", "trwkv", "benchmarks/*.py")
+    return (commit or "unknown") + ("-dirty" if changed else "")
 
 
 def _say(line: str) -> None:

@@ -7,6 +7,7 @@ from trwkv.report import format_table
 
 OWN = ("triton", "torch")
 """This library's backends, the faster first."""
+SHOWN_VERSIONS = ("python", "torch", "triton", "transformers")
 
 
 def table(results: dict[str, Any]) -> str:
@@ -43,10 +44,8 @@ def table(results: dict[str, Any]) -> str:
 
 def conditions(results: dict[str, Any]) -> str:
     """One paragraph: on what, and what the columns mean."""
-    environment, options = results["environment"], results["options"]
-    versions = ", ".join(
-        f"{name} {version}" for name, version in environment["versions"].items() if name != "trwkv"
-    )
+    found, options = results["environment"]["versions"], results["options"]
+    versions = ", ".join(f"{name} {found[name]}" for name in SHOWN_VERSIONS if name in found)
     return (
         f"{_place(results)}; {options['dtype']}, layout {options['layout']}; {versions}; commit {results['commit']}; "
         f"load average {results['load_average_before']} before the run. "

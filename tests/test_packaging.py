@@ -113,5 +113,6 @@ def test_readme_figures_are_those_of_the_committed_results():
     blocks = re.findall(
         r"<!-- python (\S+) (.+?) -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.DOTALL
     )
+    assert blocks
     for script, arguments, text in blocks:
         assert text.strip() == run_program(script, *arguments.split()).strip()
