@@ -14,8 +14,8 @@ EXAMPLES = {
     "reference": 10,
     "torch-chunk": 80,
     "torch-recurrent": 10,
-    "triton-chunk": 25,
-    "triton-recurrent": 12,
+    "triton-chunk": 10,
+    "triton-recurrent": 6,
 }
 
 
