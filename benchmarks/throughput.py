@@ -215,7 +215,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--backends", metavar="NAME,NAME", help="implementations (default: all that are present)"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on a row (default: 1)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="to spend on a row (default: 0.5)")
     parser.add_argument(
         "--max-call-seconds", type=float, default=5.0, help="skip P calls of a peer that take longer"
     )
