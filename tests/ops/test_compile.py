@@ -26,7 +26,10 @@ initial = torch.empty(B, 3, P, C) if state else None
 with record_launches() as launches:
     output, final, saved = chunk.chunk_forward(w, w, k, k, weights, initial, save=True)
     chunk.chunk_backward(output, final if state else None, w, w, k, k, weights, initial, saved)
-    recurrent.recurrent_forward(w, w, k, k, weights, initial)
+    one = weights[:, :1] if kind == "BTP" else weights
+    recurrent.recurrent_forward(w, w, k[:, :1], k[:, :1], one, initial)  # T = 1, as decoding calls it
+    # and a single chunk
+    chunk.chunk_forward(w, w, k[:, :64], k[:, :64], None if kind == "BTP" else weights, initial, save=False)
 for launch in launches:
     r = resources(launch.compile(capability))
     flag = launch.options.get("OUTPUT", launch.options.get("GRADS"))
@@ -52,7 +55,9 @@ def compile_all(P: int, capability: int, dtype: str, weights: str, state: bool) 
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row[0] for row in rows} == KERNELS
-    assert len(rows) == 7  # the walks of both chunk kernels, without and with results
+    assert (
+        len(rows) == 8
+    )  # the walks of both chunk kernels, without and with results, and one of a single chunk
     return [(f"{name} {flag}", registers, spilled) for name, flag, registers, spilled in rows]
 
 

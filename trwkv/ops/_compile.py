@@ -74,8 +74,8 @@ def _describe(value: Any, is_constexpr: bool) -> tuple[str, bool]:
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype], True
-    if isinstance(value, int):
-        return "i32", value % 16 == 0
+    if isinstance(value, int):  # as at a real launch, an argument that is 1 becomes a constant
+        return ("constexpr", False) if value == 1 else ("i32", value % 16 == 0)
     raise TypeError(f"value: expected a tensor, an int or None; got {type(value).__name__}")
 
 

@@ -12,6 +12,7 @@ from trwkv.ops._tuning import SEGMENT, chunk_length, config_for
 from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel, wkv_chunk_bwd_scan_kernel
 from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel, wkv_chunk_scan_kernel
 from trwkv.ops.wkv.layout import KernelCall, aggregate_backward, by_channel, finish_output, kernel_layout
+from trwkv.ops.wkv.reference import EMPTY_EXP
 
 
 def chunk_forward(
@@ -58,8 +59,8 @@ def _launch_forward(call: KernelCall, output: Tensor, save: bool) -> tuple[Tenso
     states = torch.empty(B, slots, 3, P, C, dtype=torch.float32, device=call.k.device)
     final_state = torch.empty(B, 3, P, C, dtype=torch.float32, device=call.k.device)
     n_blocks = triton.cdiv(C, block_c)
-    if B == 0:
-        return final_state, states
+    if B == 0 or T == 0:
+        return _state_without_tokens(call, final_state), states
     has_initial = call.initial_state is not None
 
     def walk(is_output: bool) -> None:
@@ -80,6 +81,14 @@ def _launch_forward(call: KernelCall, output: Tensor, save: bool) -> tuple[Tenso
             )  # fmt: skip
         walk(is_output=True)
     return final_state, states
+
+
+def _state_without_tokens(call: KernelCall, like: Tensor) -> Tensor:
+    if call.initial_state is not None:
+        return call.initial_state.clone()
+    fresh = torch.zeros_like(like)
+    fresh[:, 2] = EMPTY_EXP
+    return fresh
 
 
 def chunk_backward(
@@ -110,7 +119,9 @@ def chunk_backward(
     elif call.weights_kind == "channel":
         grad_weights = grad_channel_weights.sum(1) if weights.ndim == 1 else grad_channel_weights
     grad_initial = None
-    if initial_state is not None:
+    if initial_state is not None and k.shape[1] == 0:
+        grad_initial = _passed_on(initial_state, grad_final_state)
+    elif initial_state is not None:
         grad_initial = _state_gradient(call.initial_state, grads.adjoint).reshape(initial_state.shape)
     return (
         grad_w.to(w.dtype),
@@ -120,6 +131,15 @@ def chunk_backward(
         None if weights is None else grad_weights.to(weights.dtype),
         grad_initial,
     )
+
+
+def _passed_on(state: Tensor, grad_final_state: Tensor | None) -> Tensor:
+    """Gradient of the initial state when no token follows: the final state is a copy of it."""
+    if grad_final_state is None:
+        return torch.zeros_like(state)
+    num, den, _ = state.unbind(1)
+    grad_num, grad_den, _ = grad_final_state.reshape(state.shape).unbind(1)
+    return torch.stack([grad_num, grad_den, num * grad_num + den * grad_den], dim=1)
 
 
 def _launch_outputs(call: KernelCall) -> Tensor:
@@ -156,7 +176,6 @@ def _launch_backward(
     grad_weights = floats(n_blocks, B, T, P) if is_token else None
     adjoints, vectors = floats(B, n_chunks, 3, P, C), floats(B, n_chunks, 3, P, C)
     if programs == 0 or T == 0:
-        adjoints.zero_()
         empty_weights = floats(B, T, P) if is_token else None
         return _Gradients(grad_k, grad_v, empty_weights, floats(3, P, C).zero_(), adjoints[:, 0])
     scratch = floats(programs, SEGMENT // block_t, 3, P, block_c)

@@ -21,6 +21,7 @@ from trwkv.ops.wkv.kernel_math import (
     load_vectors,
     pow2,
     reciprocal,
+    scale_exactly,
     split_k,
     split_log,
     store_row,
@@ -311,8 +312,8 @@ def load_last_adjoint(
     for p in tl.static_range(P):
         if HAS_FINAL:
             _, scale = user_exponent(O[p])
-            a += (scale * load_row(grad_final_state + p * C, c, C, BLOCK_C, 0.0),)
-            b += (scale * load_row(grad_final_state + (P + p) * C, c, C, BLOCK_C, 0.0),)
+            a += (scale_exactly(load_row(grad_final_state + p * C, c, C, BLOCK_C, 0.0), scale),)
+            b += (scale_exactly(load_row(grad_final_state + (P + p) * C, c, C, BLOCK_C, 0.0), scale),)
         else:
             a += (tl.zeros([BLOCK_C], tl.float32),)
             b += (tl.zeros([BLOCK_C], tl.float32),)

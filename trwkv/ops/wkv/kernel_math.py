@@ -144,6 +144,12 @@ def store_triple(ptr, c, X, Y, Z, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.
 
 
 @triton.jit
+def scale_exactly(x, scale):
+    """float32 x times a float64 scale, rounded once: a rounded scale would err alike at every step of a decoding."""
+    return (x.to(tl.float64) * scale).to(tl.float32)
+
+
+@triton.jit
 def load_user_state(ptr, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
     """(num, den, exp), exp a natural log -> (A, B, O)."""
     num, den, exp = load_triple(ptr, c, C, P, BLOCK_C)
@@ -152,20 +158,19 @@ def load_user_state(ptr, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.conste
     O = ()
     for p in tl.static_range(P):
         scale, exponent = split_log(exp[p], 1.0)
-        scale = scale.to(tl.float32)
         a, b, o = normalise(num[p], den[p], exponent)
-        A += (a * scale,)  # B may fall to 0.25: harmless, it is only a bound
-        B += (b * scale,)
+        A += (scale_exactly(a, scale),)  # B may fall to 0.25: harmless, it is only a bound
+        B += (scale_exactly(b, scale),)
         O += (o,)
     return A, B, O
 
 
 @triton.jit
 def user_exponent(O):
-    """The natural-log exponent a user sees for O, rounded to float32, and 2^O / e^that."""
+    """The natural-log exponent a user sees for O, rounded to float32, and 2^O / e^that in float64."""
     exact = O.to(tl.float64) * LN2
     exp = exact.to(tl.float32)
-    scale = tl.exp2((exact - exp.to(tl.float64)) * LOG2E).to(tl.float32)
+    scale = tl.exp2((exact - exp.to(tl.float64)) * LOG2E)
     is_empty = O == EMPTY
     return tl.where(is_empty, EMPTY_EXP, exp), tl.where(is_empty, 1.0, scale)
 
@@ -174,8 +179,8 @@ def user_exponent(O):
 def store_user_state(ptr, c, A, B, O, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
     for p in tl.static_range(P):
         exp, scale = user_exponent(O[p])
-        store_row(ptr + p * C, c, A[p] * scale, C, BLOCK_C)
-        store_row(ptr + (P + p) * C, c, B[p] * scale, C, BLOCK_C)
+        store_row(ptr + p * C, c, scale_exactly(A[p], scale), C, BLOCK_C)
+        store_row(ptr + (P + p) * C, c, scale_exactly(B[p], scale), C, BLOCK_C)
         store_row(ptr + (2 * P + p) * C, c, exp, C, BLOCK_C)
 
 
