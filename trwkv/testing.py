@@ -2,8 +2,8 @@
 
 A float32 result is allowed an error of `FLOAT32_ULPS` half-ulps of its *condition*: the sum of the magnitudes of all
 terms that make it up, the scale below which no float32 summation can promise anything. A result in a narrower type is
-allowed 1.5 times one rounding to that type on top. Both are demanded of every element and, four times tighter on the
-float32 part, of the root mean square of every channel.
+allowed 1.5 times one rounding to that type on top: of every element 1.5 times the largest rounding error there is, of
+the root mean square of every channel 1.5 times that of rounding the true values (and a quarter of the float32 part).
 """
 
 from dataclasses import dataclass, fields
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from trwkv.ops import WkvOutput
-from trwkv.ops._dispatch import is_interpreting
 from trwkv.ops.wkv.reference import EMPTY_EXP, aggregate, step_wkv
 
 FLOAT32_ULPS = 32.0
 FLOAT64_TOLERANCE = 1e-12
 ROUNDINGS = 1.5
-ROUNDINGS_INTERPRETED = 2.1  # Triton's interpreter truncates float32 to bfloat16 where a GPU rounds
+ROUNDINGS_TRUNCATED = 2.1  # Triton's interpreter truncates float32 to bfloat16 where a GPU rounds
+VANISHING_SHARE = 2.0**-64  # gradients of tokens that weigh less than this everywhere may underflow to zero
 
 
 @dataclass
@@ -228,8 +228,8 @@ def _conditions(case: WkvCase, state: Tensor) -> dict[str, Tensor]:
     total_spread = (received[:, 1:] * spread).sum(2) if case.k.ndim == 3 else received[:, 1:] * spread
     conditions |= {
         "state": torch.stack([state[:, 1] * size, state[:, 1]], dim=1),
-        "v": total,
-        "k": total_spread,
+        "v": _visible(total),
+        "k": _visible(total_spread),
         "w": (g_rows * lags * spread).sum((0, 1)),
         "u": (g_y * own * spread).sum((0, 1)),
     }
@@ -239,6 +239,12 @@ def _conditions(case: WkvCase, state: Tensor) -> dict[str, Tensor]:
     if case.initial_state is not None:
         conditions["initial_state"] = _initial_condition(case, g_rows, size)
     return conditions
+
+
+def _visible(condition: Tensor) -> Tensor:
+    """At least what makes `VANISHING_SHARE` of the channel's largest an error that is allowed."""
+    floor = VANISHING_SHARE / (FLOAT32_ULPS * 2.0**-24) * condition.amax(1, keepdim=True)
+    return torch.maximum(condition, floor)
 
 
 def _initial_condition(case: WkvCase, g_rows: Tensor, size: Tensor) -> Tensor:
@@ -256,8 +262,12 @@ def _initial_condition(case: WkvCase, g_rows: Tensor, size: Tensor) -> Tensor:
     return torch.stack([by_num, by_den, num.abs() * by_num + den.abs() * by_den], dim=1)
 
 
-def assert_accurate(name: str, actual: Tensor, truth: WkvTruth) -> None:
-    """Fails unless `actual` is within the tolerance of its dtype of the true value of that name."""
+def assert_accurate(name: str, actual: Tensor, truth: WkvTruth, *, truncates: bool = False) -> None:
+    """Fails unless `actual` is within the tolerance of its dtype of the true value of that name.
+
+    `truncates`: it comes from Triton's interpreter, which cuts float32 off where a GPU rounds it to bfloat16. Then
+    every element may err by a whole unit in the last place, and their root mean square says nothing.
+    """
     value = truth.values[name]
     if actual.shape != value.shape:
         raise AssertionError(f"{name}: expected shape {list(value.shape)}; got {list(actual.shape)}")
@@ -265,7 +275,8 @@ def assert_accurate(name: str, actual: Tensor, truth: WkvTruth) -> None:
         raise AssertionError(f"{name}: {int((~torch.isfinite(actual)).sum())} values are not finite")
     error = (actual.double().cpu() - value).abs()
     condition = truth.conditions[name].expand(value.shape)
-    allowed = allowed_error(value, condition, actual.dtype)
+    roundings = ROUNDINGS_TRUNCATED if truncates else ROUNDINGS
+    allowed = allowed_error(value, condition, actual.dtype, roundings)
     if not (error <= allowed).all():
         worst = int((error / allowed.clamp(min=1e-300)).argmax())
         at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), value.shape))
@@ -274,17 +285,20 @@ def assert_accurate(name: str, actual: Tensor, truth: WkvTruth) -> None:
             f"error {error[at].item():.3g}, allowed {allowed[at].item():.3g} "
             f"(condition {condition[at].item():.3g})"
         )
-    _assert_channels(name, error, value, condition, actual.dtype)
+    if not (truncates and actual.dtype == torch.bfloat16):
+        _assert_channels(name, error, value, condition, actual.dtype)
 
 
-def allowed_error(value: Tensor, condition: Tensor, dtype: torch.dtype) -> Tensor:
+def allowed_error(
+    value: Tensor, condition: Tensor, dtype: torch.dtype, roundings: float = ROUNDINGS
+) -> Tensor:
     """Largest error allowed for each element of a result computed in float32 (float64) and rounded to `dtype`."""
     if dtype == torch.float64:
         return FLOAT64_TOLERANCE * condition + 1e-300
     arithmetic = FLOAT32_ULPS * 2.0**-24 * condition + 1e-37
     if dtype == torch.float32:
         return arithmetic
-    return arithmetic + _roundings() * half_ulp(value, dtype)
+    return arithmetic + roundings * half_ulp(value, dtype)
 
 
 def half_ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -294,37 +308,21 @@ def half_ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.exp2(exponent) * info.eps / 2
 
 
-def _roundings() -> float:
-    return ROUNDINGS_INTERPRETED if is_interpreting() else ROUNDINGS
-
-
 def _assert_channels(name: str, error: Tensor, value: Tensor, condition: Tensor, dtype: torch.dtype) -> None:
     """Root mean square over everything but the last axis, against a quarter of what a single element may err."""
     if value.ndim < 2 or value.numel() // value.shape[-1] < 32:
         return
     computed_in = torch.float64 if dtype == torch.float64 else torch.float32
     axes = tuple(range(value.ndim - 1))
-    mean_square = (allowed_error(value, condition, computed_in) / 4).square().mean(axes)
-    if dtype in (torch.bfloat16, torch.float16):
-        mean_square = mean_square + _mean_square_of_roundings(_roundings() * half_ulp(value, dtype), axes)
-    rms, allowed = error.square().mean(axes).sqrt(), mean_square.sqrt()
+    rounding = value.to(dtype).double() - value if dtype in (torch.bfloat16, torch.float16) else 0.0 * value
+    arithmetic = allowed_error(value, condition, computed_in) / 4
+    rms = error.square().mean(axes).sqrt()
+    allowed = ((ROUNDINGS * rounding).square() + arithmetic.square()).mean(axes).sqrt()
     if not (rms <= allowed).all():
         c = int((rms / allowed).argmax())
         raise AssertionError(
             f"{name}, channel {c}: root mean square error {rms[c].item():.3g}, allowed {allowed[c].item():.3g}"
         )
-
-
-def _mean_square_of_roundings(largest: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Mean square of errors uniform in +-largest, and four standard deviations of what a sample of them has.
-
-    The square of such an error has mean largest^2 / 3 and variance 4 largest^4 / 45. Where a few elements are much the
-    largest, the sample is in effect that small.
-    """
-    squares = largest.square()
-    count = squares.numel() / squares[(0,) * len(axes)].numel()
-    deviation = (4 / 45) ** 0.5 * squares.square().sum(axes).sqrt() / count
-    return squares.mean(axes) / 3 + 4 * deviation
 
 
 def empty_state(case: WkvCase) -> Tensor:

@@ -37,21 +37,24 @@ class Implementation:
         with self.configured(**changes):
             return case.call(self.op, **options)
 
+    def assert_accurate(self, name: str, actual: torch.Tensor, truth: WkvTruth) -> None:
+        assert_accurate(name, actual, truth, truncates=self.backend == "triton" and not GPU)
+
     def check(self, case: WkvCase, truth: WkvTruth, **changes: int) -> None:
         """Forward and every gradient against the truth."""
         case = case.to(self.device)
         output, state = self.run(case, **changes)
         if output.dtype != case.v.dtype:
             raise AssertionError(f"output: expected {case.v.dtype}; got {output.dtype}")
-        assert_accurate("output", output, truth)
+        self.assert_accurate("output", output, truth)
         exponent = truth.exponent.to(self.device)
         narrow = torch.float64 if case.k.dtype == torch.float64 else torch.float32
-        assert_accurate("state", true_sums(state, exponent).to(narrow), truth)
+        self.assert_accurate("state", true_sums(state, exponent).to(narrow), truth)
         got = gradients(case, lambda c: self.run(c, **changes), exponent)
         for name, grad in got.items():
             if grad.dtype != case.inputs()[name].dtype:
                 raise AssertionError(f"{name}: gradient in {grad.dtype}")
-            assert_accurate(name, grad, truth)
+            self.assert_accurate(name, grad, truth)
 
 
 TORCH_CHUNK = Implementation("torch-chunk", chunk_wkv, "torch")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.contracts.implementations import ALL, FAST, GPU, Implementation
 from tests.contracts.strategies import cases
@@ -21,8 +21,14 @@ EXAMPLES = {
 
 def examples(implementation: Implementation) -> settings:
     count = EXAMPLES[implementation.name] * (8 if GPU else 1)
+    interpreted = implementation.backend == "triton" and not GPU  # too slow to search for a smaller failure
+    phases = [Phase.explicit, Phase.generate] + ([] if interpreted else [Phase.shrink])
     return settings(
-        max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        max_examples=count,
+        phases=phases,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
     )
 
 

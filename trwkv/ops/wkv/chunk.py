@@ -11,8 +11,14 @@ from trwkv.ops._dispatch import device_guard, is_approximate_reciprocal_availabl
 from trwkv.ops._tuning import SEGMENT, chunk_length, config_for
 from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel, wkv_chunk_bwd_scan_kernel
 from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel, wkv_chunk_scan_kernel
-from trwkv.ops.wkv.layout import KernelCall, aggregate_backward, by_channel, finish_output, kernel_layout
-from trwkv.ops.wkv.reference import EMPTY_EXP
+from trwkv.ops.wkv.layout import (
+    KernelCall,
+    aggregate_backward,
+    by_channel,
+    finish_output,
+    kernel_layout,
+    state_without_tokens,
+)
 
 
 def chunk_forward(
@@ -60,7 +66,7 @@ def _launch_forward(call: KernelCall, output: Tensor, save: bool) -> tuple[Tenso
     final_state = torch.empty(B, 3, P, C, dtype=torch.float32, device=call.k.device)
     n_blocks = triton.cdiv(C, block_c)
     if B == 0 or T == 0:
-        return _state_without_tokens(call, final_state), states
+        return state_without_tokens(call), states
     has_initial = call.initial_state is not None
 
     def walk(is_output: bool) -> None:
@@ -81,14 +87,6 @@ def _launch_forward(call: KernelCall, output: Tensor, save: bool) -> tuple[Tenso
             )  # fmt: skip
         walk(is_output=True)
     return final_state, states
-
-
-def _state_without_tokens(call: KernelCall, like: Tensor) -> Tensor:
-    if call.initial_state is not None:
-        return call.initial_state.clone()
-    fresh = torch.zeros_like(like)
-    fresh[:, 2] = EMPTY_EXP
-    return fresh
 
 
 def chunk_backward(

@@ -78,22 +78,24 @@ def fast_tile_bwd(
     """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back."""
     decay, decay_exponent, defect, bonus, bonus_exponent = vectors
     W = ()
+    first = ()  # what the first step of a tile adds to the decay
     U = ()
     A_rows = ()  # entry j * P + p: before token j
     B_rows = ()
-    a_end = ()
-    b_end = ()
+    a_row = ()
+    b_row = ()
     dw_tile = ()
     for p in tl.static_range(P):
         W += (decay[p] * pow2(decay_exponent[p]),)
+        first += (defect[p] * pow2(decay_exponent[p]),)
         U += (bonus[p] * pow2(bonus_exponent[p]),)
         A_rows += (A[p] * pow2(A_exponent[p] - top),)
         B_rows += (B[p] * pow2(A_exponent[p] - top),)
-        a_end += (a[p] * pow2(top - O[p]),)
-        b_end += (b[p] * pow2(top - O[p]),)
+        a_row += (a[p] * pow2(top - O[p]),)
+        b_row += (b[p] * pow2(top - O[p]),)
         dw_tile += (tl.zeros([BLOCK_C], tl.float32),)
-    a = a_end
-    b = b_end
+    a = a_row
+    b = b_row
     e_rows = ()
     for j in tl.static_range(BLOCK_T):
         mantissa, exponent = split_k(k_rows[j].to(tl.float32))
@@ -101,8 +103,12 @@ def fast_tile_bwd(
         if j + 1 < BLOCK_T:
             ev = e_rows[j] * v_rows[j].to(tl.float32)
             for p in tl.static_range(P):
-                A_rows += (tl.fma(A_rows[j * P + p], W[p], ev),)
-                B_rows += (tl.fma(B_rows[j * P + p], W[p], e_rows[j]),)
+                if j == 0:
+                    A_rows += (tl.fma(A_rows[p], W[p], tl.fma(A_rows[p], first[p], ev)),)
+                    B_rows += (tl.fma(B_rows[p], W[p], tl.fma(B_rows[p], first[p], e_rows[0])),)
+                else:
+                    A_rows += (tl.fma(A_rows[j * P + p], W[p], ev),)
+                    B_rows += (tl.fma(B_rows[j * P + p], W[p], e_rows[j]),)
     for j in tl.static_range(BLOCK_T - 1, -1, -1):
         e = e_rows[j]
         j_v = v_rows[j].to(tl.float32)
@@ -129,8 +135,12 @@ def fast_tile_bwd(
                 du_next += (tl.fma(now, tl.fma(j_v, grad_num, grad_den), du[p]),)
                 dw_next += (tl.fma(a[p], j_A, tl.fma(b[p], j_B, dw_tile[p])),)
                 dweights_next += (tl.fma(g, y[p], dweights[p]),)
-            a_next += (tl.fma(W[p], a[p], grad_num),)
-            b_next += (tl.fma(W[p], b[p], grad_den),)
+            if j == 0:
+                a_next += (tl.fma(W[p], a[p], tl.fma(first[p], a[p], grad_num)),)
+                b_next += (tl.fma(W[p], b[p], tl.fma(first[p], b[p], grad_den)),)
+            else:
+                a_next += (tl.fma(W[p], a[p], grad_num),)
+                b_next += (tl.fma(W[p], b[p], grad_den),)
         a = a_next
         b = b_next
         if GRADS:
@@ -154,23 +164,18 @@ def fast_tile_bwd(
                 BLOCK_C,
                 WEIGHTS,
             )
-    a_begin = ()
-    b_begin = ()
     O_begin = ()
     dw_next = ()
     for p in tl.static_range(P):
-        lost = defect[p] * pow2(BLOCK_T * decay_exponent[p])
-        a_begin += (tl.fma(lost, a_end[p], a[p]),)
-        b_begin += (tl.fma(lost, b_end[p], b[p]),)
         O_begin += (top,)
         dw_next += (tl.fma(W[p], dw_tile[p], dw[p]),)
-    return a_begin, b_begin, O_begin, dw_next, du, dweights
+    return a, b, O_begin, dw_next, du, dweights
 
 
 @triton.jit
 def exact_token_bwd(
     a, b, O, dw, du, dweights, A, B, A_exponent, e, k_exponent, v, grad_y, g,
-    decay, decay_exponent, bonus, bonus_exponent, P: tl.constexpr, APPROX: tl.constexpr,
+    decay, defect, decay_exponent, bonus, bonus_exponent, is_first, P: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """One token back, whatever the exponents: no factor 2^n below has n > 1."""
     from_num = tl.zeros_like(e)
@@ -199,9 +204,11 @@ def exact_token_bwd(
         # An empty state has no exponent of its own: take the largest that keeps both factors below within 1.
         before = tl.where(A_exponent[p] == EMPTY, tl.minimum(top, O[p] - decay_exponent[p]), A_exponent[p])
         now = pow2(before - top)
-        kept = decay[p] * pow2(before + decay_exponent[p] - O[p])
-        a_next += (tl.fma(kept, a[p], now * grad_num),)
-        b_next += (tl.fma(kept, b[p], now * grad_den),)
+        scale = pow2(before + decay_exponent[p] - O[p])
+        kept = decay[p] * scale
+        first = tl.where(is_first, defect[p], 0.0) * scale
+        a_next += (tl.fma(kept, a[p], tl.fma(first, a[p], now * grad_num)),)
+        b_next += (tl.fma(kept, b[p], tl.fma(first, b[p], now * grad_den)),)
         O_next += (before,)
     return a_next, b_next, O_next, dw_next, du_next, dweights_next, from_num, from_den, y
 
@@ -215,9 +222,7 @@ def exact_tile_bwd(
 ):  # fmt: skip
     """Any data, up to BLOCK_T tokens: before each token the state is computed anew from the tile's start."""
     decay, decay_exponent, defect, bonus, bonus_exponent = vectors
-    a_end = a
-    b_end = b
-    O_end = O
+    is_full = steps == BLOCK_T
     for i in range(steps):
         at = steps - 1 - i
         A = A0
@@ -231,7 +236,15 @@ def exact_tile_bwd(
             O_next = ()
             for p in tl.static_range(P):
                 x, y, z = exact_update(
-                    A[p], B[p], A_exponent[p], decay[p], decay_exponent[p], m_e, m_exponent, m_v
+                    A[p],
+                    B[p],
+                    A_exponent[p],
+                    decay[p],
+                    tl.where((m == 0) & is_full, defect[p], 0.0),
+                    decay_exponent[p],
+                    m_e,
+                    m_exponent,
+                    m_v,
                 )
                 A_next += (x,)
                 B_next += (y,)
@@ -244,22 +257,13 @@ def exact_tile_bwd(
         grad_y, g = load_grad_y(grad_output, weights, row + at, c, C, P, BLOCK_C, WEIGHTS)
         a, b, O, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
             a, b, O, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
-            decay, decay_exponent, bonus, bonus_exponent, P, APPROX,
+            decay, defect, decay_exponent, bonus, bonus_exponent, (at == 0) & is_full, P, APPROX,
         )  # fmt: skip
         if GRADS:
             store_token_grads(
                 grad_k, grad_v, grad_weights, row + at, c, e, i_v, from_num, from_den, g, rows_y,
                 C, P, BLOCK_C, WEIGHTS,
             )  # fmt: skip
-    if steps == BLOCK_T:
-        a_begin = ()
-        b_begin = ()
-        for p in tl.static_range(P):
-            lost = defect[p] * pow2(O[p] + BLOCK_T * decay_exponent[p] - O_end[p])
-            a_begin += (tl.fma(lost, a_end[p], a[p]),)
-            b_begin += (tl.fma(lost, b_end[p], b[p]),)
-        a = a_begin
-        b = b_begin
     return a, b, O, dw, du, dweights
 
 

@@ -185,15 +185,15 @@ def fast_tile(
     decay, decay_exponent, defect, bonus, bonus_exponent = vectors
     W = ()
     U = ()
-    A0 = ()
-    B0 = ()
+    A_row = ()
+    B_row = ()
     for p in tl.static_range(P):
         W += (decay[p] * pow2(decay_exponent[p]),)
         U += (bonus[p] * pow2(bonus_exponent[p]),)
-        A0 += (A[p] * pow2(O[p] - top),)
-        B0 += (B[p] * pow2(O[p] - top),)
-    A = A0
-    B = B0
+        A_row += (A[p] * pow2(O[p] - top),)
+        B_row += (B[p] * pow2(O[p] - top),)
+    A = A_row
+    B = B_row
     for j in tl.static_range(BLOCK_T):
         mantissa, exponent = split_k(k_rows[j].to(tl.float32))
         e = mantissa * pow2(exponent - top)
@@ -206,24 +206,22 @@ def fast_tile(
             if OUTPUT:
                 now = U[p] * e
                 y += (tl.fma(now, j_v, A[p]) * reciprocal(B[p] + now, APPROX),)
-            A_next += (tl.fma(A[p], W[p], ev),)
-            B_next += (tl.fma(B[p], W[p], e),)
+            if j == 0:
+                first = defect[p] * pow2(decay_exponent[p])
+                A_next += (tl.fma(A[p], W[p], tl.fma(A[p], first, ev)),)
+                B_next += (tl.fma(B[p], W[p], tl.fma(B[p], first, e)),)
+            else:
+                A_next += (tl.fma(A[p], W[p], ev),)
+                B_next += (tl.fma(B[p], W[p], e),)
         A = A_next
         B = B_next
         if OUTPUT:
             store_output(output, row + j, c, y, weights, C, P, BLOCK_C, WEIGHTS)
-    return end_tile(A, B, top, A0, B0, defect, decay_exponent, P, BLOCK_T)
-
-
-@triton.jit
-def end_tile(A, B, top, A0, B0, defect, decay_exponent, P: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Adds what the rounding of the decay took from the state that entered the tile, and normalises."""
+    O_end = ()
     A_end = ()
     B_end = ()
-    O_end = ()
     for p in tl.static_range(P):
-        lost = defect[p] * pow2(BLOCK_T * decay_exponent[p])
-        a, b, o = normalise(tl.fma(A0[p], lost, A[p]), tl.fma(B0[p], lost, B[p]), top)
+        a, b, o = normalise(A[p], B[p], top)
         A_end += (a,)
         B_end += (b,)
         O_end += (o,)
@@ -238,10 +236,8 @@ def exact_tile(
 ):  # fmt: skip
     """The same roundings as `fast_tile` with an exponent per perspective and step: any data, up to BLOCK_T tokens."""
     decay, decay_exponent, defect, bonus, bonus_exponent = vectors
-    A0 = A
-    B0 = B
-    O0 = O
     for i in range(steps):
+        is_first = (i == 0) & (steps == BLOCK_T)
         e, exponent = split_k(load_row(k + (row + i) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + (row + i) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
         y = ()
@@ -252,7 +248,17 @@ def exact_tile(
             if OUTPUT:
                 num, den, _ = exact_output(A[p], B[p], O[p], bonus[p], bonus_exponent[p], e, exponent, i_v)
                 y += (num * reciprocal(den, APPROX),)
-            a, b, o = exact_update(A[p], B[p], O[p], decay[p], decay_exponent[p], e, exponent, i_v)
+            a, b, o = exact_update(
+                A[p],
+                B[p],
+                O[p],
+                decay[p],
+                tl.where(is_first, defect[p], 0.0),
+                decay_exponent[p],
+                e,
+                exponent,
+                i_v,
+            )
             A_next += (a,)
             B_next += (b,)
             O_next += (o,)
@@ -261,19 +267,6 @@ def exact_tile(
         O = O_next
         if OUTPUT:
             store_output(output, row + i, c, y, weights, C, P, BLOCK_C, WEIGHTS)
-    if steps == BLOCK_T:
-        A_end = ()
-        B_end = ()
-        O_end = ()
-        for p in tl.static_range(P):
-            lost = defect[p] * pow2(O0[p] + BLOCK_T * decay_exponent[p] - O[p])
-            a, b, o = normalise(tl.fma(A0[p], lost, A[p]), tl.fma(B0[p], lost, B[p]), O[p])
-            A_end += (a,)
-            B_end += (b,)
-            O_end += (o,)
-        A = A_end
-        B = B_end
-        O = O_end
     return A, B, O
 
 

@@ -75,8 +75,8 @@ def split_log(x, steps):
 def load_vectors(w, u, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
     """Per perspective: mantissas and exponents of one step's decay and of the bonus, and the decay's defect.
 
-    The rounding of the decay's mantissa is systematic: over T steps it would grow with T. The defect, mantissa^BLOCK_T
-    less the same power of its rounded value, is added once per tile and stops it.
+    The rounding f of the decay's mantissa W is systematic: over T steps it would grow with T. In the first step of each
+    full tile the decay is f + defect, defect = W^BLOCK_T / f^(BLOCK_T - 1) - f, so that a tile decays by W^BLOCK_T.
     """
     decay = ()
     decay_exponent = ()
@@ -94,7 +94,7 @@ def load_vectors(w, u, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexp
                 rounded_power = rounded_power * rounded_power
         decay += (rounded,)
         decay_exponent += (n,)
-        defect += ((power - rounded_power).to(tl.float32),)
+        defect += ((rounded * ((power - rounded_power) / rounded_power)).to(tl.float32),)
         exact, n = split_log(load_row(u + p * C, c, C, BLOCK_C, 0.0), 1.0)
         bonus += (exact.to(tl.float32),)
         bonus_exponent += (n,)
@@ -195,12 +195,12 @@ def exact_output(A, B, O, bonus, bonus_exponent, e, k_exponent, v):
 
 
 @triton.jit
-def exact_update(A, B, O, decay, decay_exponent, e, k_exponent, v):
-    """One step of one perspective's state, whatever the exponents."""
+def exact_update(A, B, O, decay, defect, decay_exponent, e, k_exponent, v):
+    """One step of one perspective's state, whatever the exponents; its decay is `decay` + `defect`."""
     decayed = O + decay_exponent
     top = tl.maximum(decayed, k_exponent)
     past = pow2(decayed - top)
     now = pow2(k_exponent - top)
-    A = tl.fma(A * past, decay, (e * v) * now)
-    B = tl.fma(B * past, decay, e * now)
+    A = tl.fma(A * past, decay, tl.fma(A * past, defect, (e * v) * now))
+    B = tl.fma(B * past, decay, tl.fma(B * past, defect, e * now))
     return normalise(A, B, top)

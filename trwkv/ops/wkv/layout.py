@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trwkv.ops.wkv.reference import aggregate
+from trwkv.ops.wkv.reference import EMPTY_EXP, aggregate
 
 
 @dataclass
@@ -62,6 +62,16 @@ def by_channel(state: Tensor | None, shape: tuple[int, int], *, back: bool = Fal
         return None
     P, C = shape
     return state.reshape(state.shape[0], 3, P, C) if back else state.reshape(state.shape[0], 3, 1, P * C)
+
+
+def state_without_tokens(call: KernelCall) -> Tensor:
+    """The final state of a call with T = 0: a copy of the initial one, or a fresh one."""
+    if call.initial_state is not None:
+        return call.initial_state.clone()
+    B, _, P, C = call.sizes
+    fresh = torch.zeros(B, 3, P, C, dtype=torch.float32, device=call.k.device)
+    fresh[:, 2] = EMPTY_EXP
+    return fresh
 
 
 def finish_output(output: Tensor, weights: Tensor | None, v: Tensor, call: KernelCall) -> Tensor:

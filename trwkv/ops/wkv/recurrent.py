@@ -9,7 +9,7 @@ from trwkv.ops._dispatch import device_guard, is_approximate_reciprocal_availabl
 from trwkv.ops._tuning import config_for
 from trwkv.ops.wkv.chunk_fwd import exact_tile
 from trwkv.ops.wkv.kernel_math import empty_state, load_user_state, load_vectors, store_user_state
-from trwkv.ops.wkv.layout import by_channel, finish_output, kernel_layout
+from trwkv.ops.wkv.layout import by_channel, finish_output, kernel_layout, state_without_tokens
 
 BLOCK_C = 32
 
@@ -56,7 +56,9 @@ def recurrent_forward(
     B, T, P, C = call.sizes
     output = call.new_output()
     final_state = torch.empty(B, 3, P, C, dtype=torch.float32, device=k.device)
-    if B > 0:
+    if T == 0:
+        final_state = state_without_tokens(call)
+    elif B > 0:
         with device_guard(k.device):
             wkv_recurrent_fwd_kernel[(B * triton.cdiv(C, BLOCK_C),)](
                 call.w, call.u, call.k, call.v, call.weights, call.initial_state, final_state, output, T,
