@@ -109,6 +109,9 @@ def check_tasks(tasks: Sequence[str | Path]) -> None:
     """Raise ValueError, saying what to do, if one of `tasks` cannot be evaluated here; loads nothing."""
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks: expected a list of at least one jsonl file or task name, got {tasks!r}")
+    names = [Path(task).name if _is_file(task) else str(task) for task in tasks]
+    if len(set(names)) < len(names):  # results are told apart by these
+        raise ValueError(f"tasks: expected files and tasks of different names, got {', '.join(names)}")
     for task in tasks:
         if _is_file(task):
             _check_passages(Path(task))

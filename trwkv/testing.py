@@ -251,7 +251,6 @@ def _initial_condition(case: WkvCase, g_rows: Tensor, size: Tensor) -> Tensor:
     """By the state's true sums: what a state of den = 1 and the same exponent would weigh, over the true weight."""
     if case.initial_state is None:
         raise ValueError("case: expected one with an initial state; got None")
-    assert case.initial_state is not None
     num, den, exp = case.initial_state.unbind(1)
     lacking = (den == 0) & (num == 0)
     probe = torch.stack([num, torch.where(lacking, 1.0, den), torch.where(lacking, exp - 100.0, exp)], dim=1)

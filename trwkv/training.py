@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -128,21 +129,24 @@ def held_out_loss(
     model: PreTrainedModel, blocks: TokenBlocks, *, batch_size: int, device: str = "cpu", bf16: bool = False
 ) -> float:
     """The mean next-token cross-entropy of `blocks` in nats, without training on them."""
-    args = TrainingArguments(
-        per_device_eval_batch_size=batch_size,
-        use_cpu=device == "cpu",
-        bf16=bf16,
-        report_to="none",
-        prediction_loss_only=True,
-    )
-    return Trainer(model=model, args=args, eval_dataset=blocks).evaluate()["eval_loss"]
+    with tempfile.TemporaryDirectory() as folder:  # Trainer makes one even when nothing goes there
+        args = TrainingArguments(
+            output_dir=folder,
+            per_device_eval_batch_size=batch_size,
+            use_cpu=device == "cpu",
+            bf16=bf16,
+            report_to="none",
+            prediction_loss_only=True,
+        )
+        args._n_gpu = min(args.n_gpu, 1)  # one device: Trainer would multiply the batch by the number of GPUs
+        return Trainer(model=model, args=args, eval_dataset=blocks).evaluate()["eval_loss"]
 
 
 def _arguments(
     folder: Path, *, steps: int, batch_size: int, learning_rate: float, seed: int, device: str, bf16: bool
 ) -> TrainingArguments:
     logging_steps = max(1, steps // _LOGS_PER_RUN)
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
@@ -164,6 +168,8 @@ def _arguments(
         report_to="none",
         remove_unused_columns=False,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # one device: Trainer would multiply the batch by the number of GPUs
+    return args
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

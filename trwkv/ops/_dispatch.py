@@ -1,4 +1,4 @@
-"""Choice of backend: the only reader of the environment and of the device."""
+"""Choice of backend: the one place of the op's path that reads the environment and the device."""
 
 import importlib.util
 import os
@@ -18,7 +18,8 @@ def is_interpreting() -> bool:
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Name of the backend that will run; raises with the list of valid ones if the request cannot be met.
 
-    "auto": Triton on a CUDA or ROCm device for float32, bfloat16 and float16; PyTorch everywhere else.
+    "auto": Triton on a CUDA or ROCm device for float32, bfloat16 and float16; PyTorch everywhere else, and where
+    triton is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")

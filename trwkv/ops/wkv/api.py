@@ -51,14 +51,18 @@ def multi_perspective_wkv(
         weights: None for separate outputs, or [P], [P, C] or [B, T, P] to sum the perspectives with these weights
             (they need not sum to one).
         initial_state: state before the first token, float32 [B, 3, P, C] = (num, den, exp), standing for the sums
-            `num * e^exp` of the numerator and `den * e^exp` of the denominator (natural log, any finite exp).
+            `num * e^exp` of the numerator and `den * e^exp` of the denominator (natural log, den >= 0).
             None is a fresh state, as is one whose num and den are all zero.
         output_final_state: return the state after the last token, to continue from.
-        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch" or "reference".
+        backend: "auto" (Triton on a GPU where the package is installed, PyTorch elsewhere and for float64), "triton"
+            (at most 8 perspectives; "auto" on a GPU does not turn to PyTorch for more), "torch" or "reference".
 
     Returns:
         WkvOutput(output, final_state). output is [B, T, P, C], or [B, T, C] when `weights` is given, in v's dtype.
         final_state is [B, 3, P, C] or None. T = 0 gives an empty output and a final state equal to the initial one.
+
+    Range: any finite w, u, k, v are computed to float32 accuracy; on "triton" |k| and |exp| up to 8e6, beyond which k
+    is clamped. NaN and infinities spread within their batch row and channel alone.
 
     Types: k, v, w, u and weights in float32, bfloat16 or float16, mixed as you like; arithmetic and state are
     float32. float64 k and v (both or neither) compute in float64, on "torch" and "reference"; the state is then
@@ -69,8 +73,9 @@ def multi_perspective_wkv(
     Second order is available on "reference" alone; elsewhere it raises.
 
     Raises:
-        TypeError: an argument that is not a tensor, or of a dtype not listed.
-        ValueError: shapes that do not fit each other, tensors on different devices, or a backend that cannot run.
+        TypeError: an argument that is not a tensor, or of a dtype not listed or not for this backend.
+        ValueError: shapes that do not fit each other, tensors on different devices, a backend that cannot run here, or
+            more perspectives than it takes.
     """
     return _run(w, u, k, v, weights, initial_state, output_final_state, backend, "auto")
 
@@ -101,7 +106,10 @@ def recurrent_wkv(
     output_final_state: bool = False,
     backend: str = "auto",
 ) -> WkvOutput:
-    """`multi_perspective_wkv`, always token by token in one launch: the form made for decoding."""
+    """`multi_perspective_wkv`, always token by token: on "triton" one launch, the form made for decoding.
+
+    On "torch" it is a float64 loop, there to compare with; for decoding on a CPU use `multi_perspective_wkv`.
+    """
     return _run(w, u, k, v, weights, initial_state, output_final_state, backend, "recurrent")
 
 
