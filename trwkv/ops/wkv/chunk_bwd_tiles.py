@@ -1,0 +1,288 @@
+"""One tile of the backward: the adjoint of the state from after the tile to before it, and the tile's gradients.
+
+As in the forward there is a fast path, in one exponent, and an exact one for any data; see MATH.md.
+"""
+
+import triton
+import triton.language as tl
+
+from trwkv.ops.wkv.chunk_fwd import load_weights, tile_stabiliser
+from trwkv.ops.wkv.kernel_math import (
+    EMPTY,
+    exact_output,
+    exact_update,
+    load_row,
+    pow2,
+    reciprocal,
+    split_k,
+    store_row,
+)
+
+
+@triton.jit
+def load_grad_y(
+    grad_output,
+    weights,
+    row,
+    c,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+):
+    """Gradient of each perspective's y at one token, and that of the aggregated output (zero when there is none)."""
+    out = ()
+    g = tl.zeros([BLOCK_C], tl.float32)
+    if WEIGHTS == "none":
+        for p in tl.static_range(P):
+            out += (load_row(grad_output + (row * P + p) * C, c, C, BLOCK_C, 0.0).to(tl.float32),)
+    else:
+        g = load_row(grad_output + row * C, c, C, BLOCK_C, 0.0).to(tl.float32)
+        weight = load_weights(weights, row, c, C, P, BLOCK_C, WEIGHTS)
+        for p in tl.static_range(P):
+            out += (g * weight[p],)
+    return out, g
+
+
+@triton.jit
+def store_token_grads(
+    grad_k, grad_v, grad_weights, row, c, e, v, from_num, from_den, g, y,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """dv = e N', dk = e (v N' + D') with N', D' the adjoints of this token's own terms, summed over perspectives."""
+    store_row(grad_v + row * C, c, e * from_num, C, BLOCK_C)
+    store_row(grad_k + row * C, c, e * tl.fma(v, from_num, from_den), C, BLOCK_C)
+    if WEIGHTS == "token":
+        for p in tl.static_range(P):
+            tl.store(grad_weights + row * P + p, tl.sum(g * y[p], 0))
+
+
+@triton.jit
+def fast_tile_bwd(
+    a, b, O, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
+    grad_k, grad_v, grad_weights, row, c,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
+):  # fmt: skip
+    """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back."""
+    decay, decay_exponent, defect, bonus, bonus_exponent = vectors
+    W = ()
+    first = ()  # what the first step of a tile adds to the decay
+    U = ()
+    A_rows = ()  # entry j * P + p: before token j
+    B_rows = ()
+    a_row = ()
+    b_row = ()
+    dw_tile = ()
+    for p in tl.static_range(P):
+        W += (decay[p] * pow2(decay_exponent[p]),)
+        first += (defect[p] * pow2(decay_exponent[p]),)
+        U += (bonus[p] * pow2(bonus_exponent[p]),)
+        A_rows += (A[p] * pow2(A_exponent[p] - top),)
+        B_rows += (B[p] * pow2(A_exponent[p] - top),)
+        a_row += (a[p] * pow2(top - O[p]),)
+        b_row += (b[p] * pow2(top - O[p]),)
+        dw_tile += (tl.zeros([BLOCK_C], tl.float32),)
+    a = a_row
+    b = b_row
+    e_rows = ()
+    for j in tl.static_range(BLOCK_T):
+        mantissa, exponent = split_k(k_rows[j].to(tl.float32))
+        e_rows += (mantissa * pow2(exponent - top),)
+        if j + 1 < BLOCK_T:
+            ev = e_rows[j] * v_rows[j].to(tl.float32)
+            for p in tl.static_range(P):
+                if j == 0:
+                    A_rows += (tl.fma(A_rows[p], W[p], tl.fma(A_rows[p], first[p], ev)),)
+                    B_rows += (tl.fma(B_rows[p], W[p], tl.fma(B_rows[p], first[p], e_rows[0])),)
+                else:
+                    A_rows += (tl.fma(A_rows[j * P + p], W[p], ev),)
+                    B_rows += (tl.fma(B_rows[j * P + p], W[p], e_rows[j]),)
+    for j in tl.static_range(BLOCK_T - 1, -1, -1):
+        e = e_rows[j]
+        j_v = v_rows[j].to(tl.float32)
+        grad_y, g = load_grad_y(grad_output, weights, row + j, c, C, P, BLOCK_C, WEIGHTS)
+        from_num = tl.zeros([BLOCK_C], tl.float32)
+        from_den = tl.zeros([BLOCK_C], tl.float32)
+        y = ()
+        a_next = ()
+        b_next = ()
+        du_next = ()
+        dw_next = ()
+        dweights_next = ()
+        for p in tl.static_range(P):
+            j_A = A_rows[j * P + p]
+            j_B = B_rows[j * P + p]
+            now = U[p] * e
+            inverse = reciprocal(j_B + now, APPROX)
+            y += (tl.fma(now, j_v, j_A) * inverse,)
+            grad_num = grad_y[p] * inverse
+            grad_den = -grad_num * y[p]
+            if GRADS:
+                from_num += tl.fma(U[p], grad_num, a[p])
+                from_den += tl.fma(U[p], grad_den, b[p])
+                du_next += (tl.fma(now, tl.fma(j_v, grad_num, grad_den), du[p]),)
+                dw_next += (tl.fma(a[p], j_A, tl.fma(b[p], j_B, dw_tile[p])),)
+                dweights_next += (tl.fma(g, y[p], dweights[p]),)
+            if j == 0:
+                a_next += (tl.fma(W[p], a[p], tl.fma(first[p], a[p], grad_num)),)
+                b_next += (tl.fma(W[p], b[p], tl.fma(first[p], b[p], grad_den)),)
+            else:
+                a_next += (tl.fma(W[p], a[p], grad_num),)
+                b_next += (tl.fma(W[p], b[p], grad_den),)
+        a = a_next
+        b = b_next
+        if GRADS:
+            du = du_next
+            dw_tile = dw_next
+            dweights = dweights_next
+            store_token_grads(
+                grad_k,
+                grad_v,
+                grad_weights,
+                row + j,
+                c,
+                e,
+                j_v,
+                from_num,
+                from_den,
+                g,
+                y,
+                C,
+                P,
+                BLOCK_C,
+                WEIGHTS,
+            )
+    O_begin = ()
+    dw_next = ()
+    for p in tl.static_range(P):
+        O_begin += (top,)
+        dw_next += (tl.fma(W[p], dw_tile[p], dw[p]),)
+    return a, b, O_begin, dw_next, du, dweights
+
+
+@triton.jit
+def exact_token_bwd(
+    a, b, O, dw, du, dweights, A, B, A_exponent, e, k_exponent, v, grad_y, g,
+    decay, defect, decay_exponent, bonus, bonus_exponent, is_first, P: tl.constexpr, APPROX: tl.constexpr,
+):  # fmt: skip
+    """One token back, whatever the exponents: no factor 2^n below has n > 1."""
+    from_num = tl.zeros_like(e)
+    from_den = tl.zeros_like(e)
+    y = ()
+    a_next = ()
+    b_next = ()
+    O_next = ()
+    dw_next = ()
+    du_next = ()
+    dweights_next = ()
+    for p in tl.static_range(P):
+        num, den, top = exact_output(A[p], B[p], A_exponent[p], bonus[p], bonus_exponent[p], e, k_exponent, v)
+        inverse = reciprocal(den, APPROX)
+        y += (num * inverse,)
+        grad_num = grad_y[p] * inverse
+        grad_den = -grad_num * y[p]
+        own = bonus[p] * pow2(k_exponent + bonus_exponent[p] - top)
+        later = pow2(k_exponent - O[p])
+        from_num += tl.fma(own, grad_num, later * a[p])
+        from_den += tl.fma(own, grad_den, later * b[p])
+        du_next += (tl.fma(own * e, tl.fma(v, grad_num, grad_den), du[p]),)
+        dweights_next += (tl.fma(g, y[p], dweights[p]),)
+        kept = decay[p] * pow2(A_exponent[p] + decay_exponent[p] - O[p])
+        dw_next += (tl.fma(kept, tl.fma(a[p], A[p], b[p] * B[p]), dw[p]),)
+        # An empty state has no exponent of its own: take the largest that keeps both factors below within 1.
+        before = tl.where(A_exponent[p] == EMPTY, tl.minimum(top, O[p] - decay_exponent[p]), A_exponent[p])
+        now = pow2(before - top)
+        scale = pow2(before + decay_exponent[p] - O[p])
+        kept = decay[p] * scale
+        first = tl.where(is_first, defect[p], 0.0) * scale
+        a_next += (tl.fma(kept, a[p], tl.fma(first, a[p], now * grad_num)),)
+        b_next += (tl.fma(kept, b[p], tl.fma(first, b[p], now * grad_den)),)
+        O_next += (before,)
+    return a_next, b_next, O_next, dw_next, du_next, dweights_next, from_num, from_den, y
+
+
+@triton.jit
+def exact_tile_bwd(
+    a, b, O, dw, du, dweights, A0, B0, O0, vectors, k, v, weights, grad_output,
+    grad_k, grad_v, grad_weights, row, steps, c,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
+):  # fmt: skip
+    """Any data, up to BLOCK_T tokens: before each token the state is computed anew from the tile's start."""
+    decay, decay_exponent, defect, bonus, bonus_exponent = vectors
+    is_full = steps == BLOCK_T
+    for i in range(steps):
+        at = steps - 1 - i
+        A = A0
+        B = B0
+        A_exponent = O0
+        for m in range(at):
+            m_e, m_exponent = split_k(load_row(k + (row + m) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
+            m_v = load_row(v + (row + m) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
+            A_next = ()
+            B_next = ()
+            O_next = ()
+            for p in tl.static_range(P):
+                x, y, z = exact_update(
+                    A[p],
+                    B[p],
+                    A_exponent[p],
+                    decay[p],
+                    tl.where((m == 0) & is_full, defect[p], 0.0),
+                    decay_exponent[p],
+                    m_e,
+                    m_exponent,
+                    m_v,
+                )
+                A_next += (x,)
+                B_next += (y,)
+                O_next += (z,)
+            A = A_next
+            B = B_next
+            A_exponent = O_next
+        e, exponent = split_k(load_row(k + (row + at) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
+        i_v = load_row(v + (row + at) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
+        grad_y, g = load_grad_y(grad_output, weights, row + at, c, C, P, BLOCK_C, WEIGHTS)
+        a, b, O, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
+            a, b, O, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
+            decay, defect, decay_exponent, bonus, bonus_exponent, (at == 0) & is_full, P, APPROX,
+        )  # fmt: skip
+        if GRADS:
+            store_token_grads(
+                grad_k, grad_v, grad_weights, row + at, c, e, i_v, from_num, from_den, g, rows_y,
+                C, P, BLOCK_C, WEIGHTS,
+            )  # fmt: skip
+    return a, b, O, dw, du, dweights
+
+
+@triton.jit
+def walk_tile_back(
+    a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
+    grad_k, grad_v, grad_weights, row0, t0, end, c,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
+):  # fmt: skip
+    """Adjoint before token t0 from that after the tile, whose first state is (A, B, A_exponent)."""
+    row = row0 + t0
+    k_rows = ()
+    v_rows = ()
+    is_full = t0 + BLOCK_T <= end
+    last = end - 1 - t0
+    for j in tl.static_range(BLOCK_T):
+        j_row = row + tl.minimum(j, last)
+        k_rows += (load_row(k + j_row * C, c, C, BLOCK_C, 0.0),)
+        v_rows += (load_row(v + j_row * C, c, C, BLOCK_C, 0.0),)
+    top, is_safe = tile_stabiliser(k_rows, A_exponent, vectors, P, BLOCK_T)
+    if is_safe & is_full:
+        a, b, O, dw, du, dweights = fast_tile_bwd(
+            a, b, O, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
+            grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, WEIGHTS, GRADS, APPROX,
+        )  # fmt: skip
+    else:
+        a, b, O, dw, du, dweights = exact_tile_bwd(
+            a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
+            grad_k, grad_v, grad_weights, row, tl.minimum(BLOCK_T, end - t0), c,
+            C, P, BLOCK_C, BLOCK_T, WEIGHTS, GRADS, APPROX,
+        )  # fmt: skip
+    return a, b, O, dw, du, dweights
