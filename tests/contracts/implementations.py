@@ -50,7 +50,8 @@ class Implementation:
         exponent = truth.exponent.to(self.device)
         narrow = torch.float64 if case.k.dtype == torch.float64 else torch.float32
         self.assert_accurate("state", true_sums(state, exponent).to(narrow), truth)
-        got = gradients(case, lambda c: self.run(c, **changes), exponent)
+        with self.configured(**changes):  # the backward runs here, after the forward's own block has ended
+            got = gradients(case, lambda c: self.run(c, **changes), exponent)
         for name, grad in got.items():
             if grad.dtype != case.inputs()[name].dtype:
                 raise AssertionError(f"{name}: gradient in {grad.dtype}")

@@ -242,3 +242,25 @@ def test_kernels_write_everything_they_return(monkeypatch: pytest.MonkeyPatch) -
     truth = wkv_truth(case)
     for implementation in FAST:
         implementation.check(case, truth)
+
+
+@pytest.mark.parametrize("implementation", ALL, ids=names)
+@pytest.mark.parametrize("exponent", [-250.0, 250.0])
+def test_a_state_far_from_the_tokens(implementation: Implementation, exponent: float) -> None:
+    """A state that outweighs every token by e^250 decays until they count; one that much lighter does not count."""
+    case = wkv_case(1, 24, 2, 1, state="random", k_range=1.0, log_decays=(-4.0, 3.0))
+    case.initial_state[:, 2] = exponent
+    implementation.check(case, wkv_truth(case))
+
+
+@pytest.mark.parametrize("implementation", FAST, ids=names)
+def test_a_long_fall(implementation: Implementation) -> None:
+    """One token, then silence 200 nats below it: it fades by half a mantissa a step until the two are equal.
+
+    The second channel, beyond every bound, keeps its neighbour on the exact path.
+    """
+    case = wkv_case(1, 152, 1, 2, k_range=300.0, final_gradient=False)
+    case.w[:] = torch.tensor([-1.379, -80.0])
+    case.k[:, :, 0] = -200.0
+    case.k[:, 0, 0] = 0.0
+    implementation.check(case, wkv_truth(case))
