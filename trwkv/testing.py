@@ -324,13 +324,6 @@ def _assert_channels(name: str, error: Tensor, value: Tensor, condition: Tensor,
         )
 
 
-def empty_state(case: WkvCase) -> Tensor:
-    """A fresh state written out, for `case`."""
-    state = torch.zeros(case.k.shape[0], 3, *case.w.shape, dtype=case.w.dtype)
-    state[:, 2] = EMPTY_EXP
-    return state
-
-
 def fuse_interpreted_multiply_add() -> None:
     """Makes Triton's interpreter round `tl.fma` on float32 once, as every GPU does; as it comes it rounds twice.
 
