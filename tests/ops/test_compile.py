@@ -17,19 +17,25 @@ import json, sys, torch
 from trwkv.ops._compile import record_launches, resources
 from trwkv.ops.wkv import chunk, recurrent
 
-P, capability, dtype, kind, state = json.loads(sys.argv[1])
+P, capability, dtype, kind, state, packed = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
 B, T, C = 2, 4096, 768
 w, k = torch.empty(P, C), torch.empty(B, T, C, dtype=dtype)
 weights = {"none": None, "PC": torch.empty(P, C), "BTP": torch.empty(B, T, P, dtype=dtype)}[kind]
-initial = torch.empty(B, 3, P, C) if state else None
+cu = None
+if packed:
+    B, k, weights = 1, k[:1], weights[:1] if kind == "BTP" else weights
+    cu = torch.tensor([0, 1000, 1000, T], dtype=torch.int32)
+initial = torch.empty(3 if packed else B, 3, P, C) if state else None
 with record_launches() as launches:
-    output, final, saved = chunk.chunk_forward(w, w, k, k, weights, initial, save=True)
-    chunk.chunk_backward(output, final if state else None, w, w, k, k, weights, initial, saved)
+    output, final, saved = chunk.chunk_forward(w, w, k, k, weights, initial, cu, packed, save=True)
+    chunk.chunk_backward(output, final if state else None, w, w, k, k, weights, initial, cu, packed, saved)
     one = weights[:, :1] if kind == "BTP" else weights
-    recurrent.recurrent_forward(w, w, k[:, :1], k[:, :1], one, initial)  # T = 1, as decoding calls it
-    # and a single chunk
-    chunk.chunk_forward(w, w, k[:, :64], k[:, :64], None if kind == "BTP" else weights, initial, save=False)
+    recurrent.recurrent_forward(w, w, k[:, :1], k[:, :1], one, initial, cu, packed)  # T = 1, as decoding calls it
+    # a single chunk, and states
+    few = None if kind == "BTP" else weights
+    chunk.chunk_forward(w, w, k[:, :64], k[:, :64], few, initial, cu, packed, save=False)
+    chunk.chunk_states(w, k[:, :64], k[:, :64], initial, cu, packed)
 for launch in launches:
     r = resources(launch.compile(capability))
     flag = launch.options.get("OUTPUT", launch.options.get("GRADS"))
@@ -45,10 +51,12 @@ KERNELS = {
 }
 
 
-def compile_all(P: int, capability: int, dtype: str, weights: str, state: bool) -> list[tuple[str, int, int]]:
+def compile_all(
+    P: int, capability: int, dtype: str, weights: str, state: bool, packed: bool
+) -> list[tuple[str, int, int]]:
     """Name, registers and spilled bytes of each of the op's launches."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    arguments = json.dumps([P, capability, dtype, weights, state])
+    arguments = json.dumps([P, capability, dtype, weights, state, packed])
     done = subprocess.run(
         [sys.executable, "-c", CODE, arguments], capture_output=True, text=True, env=environment
     )
@@ -56,22 +64,22 @@ def compile_all(P: int, capability: int, dtype: str, weights: str, state: bool) 
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row[0] for row in rows} == KERNELS
     assert (
-        len(rows) == 8
-    )  # the walks of both chunk kernels, without and with results, and one of a single chunk
+        len(rows) == 9
+    )  # both chunk kernels' walks, without and with results, single chunks, scans, recurrent
     return [(f"{name} {flag}", registers, spilled) for name, flag, registers, spilled in rows]
 
 
 QUICK = [
-    (1, 80, "bfloat16", "none", False),
-    (1, 90, "float32", "PC", True),
-    (3, 90, "bfloat16", "BTP", True),
+    (1, 80, "bfloat16", "none", False, False),
+    (1, 90, "float32", "PC", True, True),
+    (3, 90, "bfloat16", "BTP", True, False),
 ]
 SLOW = [
-    (P, capability, dtype, weights, state)
+    (P, capability, dtype, weights, state, packed)
     for P in range(1, MAX_PERSPECTIVES + 1)
     for capability in (80, 90)
     for dtype in ("float32", "bfloat16", "float16")
-    for weights, state in (("none", False), ("PC", True), ("BTP", True))
+    for weights, state, packed in (("none", False, False), ("PC", True, False), ("BTP", True, True))
 ]
 
 

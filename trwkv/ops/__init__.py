@@ -2,10 +2,22 @@
 
 from trwkv.ops.wkv.api import (
     WkvOutput,
+    WkvStates,
     chunk_wkv,
+    merge_wkv_states,
     multi_perspective_wkv,
     recurrent_wkv,
     reference_wkv,
+    wkv_states,
 )
 
-__all__ = ["WkvOutput", "chunk_wkv", "multi_perspective_wkv", "recurrent_wkv", "reference_wkv"]
+__all__ = [
+    "WkvOutput",
+    "WkvStates",
+    "chunk_wkv",
+    "merge_wkv_states",
+    "multi_perspective_wkv",
+    "recurrent_wkv",
+    "reference_wkv",
+    "wkv_states",
+]

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from trwkv.ops._dispatch import device_guard, is_approximate_reciprocal_available
-from trwkv.ops._tuning import SEGMENT, chunk_length, config_for
+from trwkv.ops._tuning import SEGMENT, Config, chunk_length, config_for
 from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel, wkv_chunk_bwd_scan_kernel
 from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel, wkv_chunk_scan_kernel
 from trwkv.ops.wkv.layout import (
@@ -16,6 +16,7 @@ from trwkv.ops.wkv.layout import (
     aggregate_backward,
     by_channel,
     finish_output,
+    finish_state,
     kernel_layout,
     state_without_tokens,
 )
@@ -28,64 +29,122 @@ def chunk_forward(
     v: Tensor,
     weights: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
     *,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, final state, checkpoint) for validated arguments, P axis present.
 
-    The checkpoint, empty unless `save`, holds the state before every SEGMENT tokens and the last one.
+    The checkpoint, empty unless `save`, holds of every sequence the state before each SEGMENT tokens and the last one.
     """
-    call = kernel_layout(w, u, k, v, weights, initial_state)
+    call = kernel_layout(w, u, k, v, weights, initial_state, cu_seqlens, reverse)
     output = call.new_output()
-    final_state, states = _launch_forward(call, output, save)
+    final_state, states = _launch_forward(call, output, "y", save)
     if not save:
         states = k.new_empty(0, dtype=torch.float32)
-    return finish_output(output, weights, v, call), by_channel(final_state, w.shape, back=True), states
+    return finish_output(output, weights, v, call), finish_state(final_state, w.shape, call), states
 
 
-def empty_checkpoint(w: Tensor, k: Tensor) -> Tensor:
+def chunk_states(
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The state before every token, [B, 3, T, P, C], and the last one, for validated arguments, P axis present."""
+    call = kernel_layout(w, torch.zeros_like(w), k, v, None, initial_state, cu_seqlens, reverse)
+    B, T, P, C = call.sizes
+    output = torch.empty(3, B, T, P, C, dtype=torch.float32, device=k.device)
+    final_state, _ = _launch_forward(call, output, "states", save=False)
+    return output.view(3, B, T, *w.shape).movedim(0, 1), finish_state(final_state, w.shape, call)
+
+
+def empty_checkpoint(w: Tensor, k: Tensor, n_sequences: int | None) -> Tensor:
     B, T = k.shape[:2]
     P, C = w.shape
     per_channel = (P, C) if k.ndim == 3 else (1, P * C)
-    return k.new_empty((B, _segments(T) + 1, 3, *per_channel), dtype=torch.float32)
+    return k.new_empty((_checkpoint_slots(B, T, n_sequences), 3, *per_channel), dtype=torch.float32)
 
 
 def _segments(T: int) -> int:
     return (T + SEGMENT - 1) // SEGMENT
 
 
-def _launch_forward(call: KernelCall, output: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    B, T, P, C = call.sizes
-    config = config_for(P)
-    block_c = config.fwd_block_c
+def _checkpoint_slots(B: int, T: int, n_sequences: int | None) -> int:
+    return B * (_segments(T) + 1) if n_sequences is None else T // SEGMENT + 2 * n_sequences
+
+
+class _Plan(NamedTuple):
+    """How T is divided among programs."""
+
+    block_c: int
+    n_blocks: int
+    chunk_len: int
+    n_chunks: int  # of a row, unless sequences are packed
+    programs: int  # along T, over all sequences
+    is_single: bool  # every sequence is one chunk
+
+    def first_programs(self, call: KernelCall) -> Tensor | slice:
+        """Numbers of the programs along T that begin a sequence."""
+        if self.is_single:
+            return slice(None)
+        if call.cu_seqlens is None:
+            return slice(None, None, self.n_chunks)
+        starts = call.cu_seqlens[:-1].long()
+        return starts // self.chunk_len + torch.arange(len(starts), device=starts.device)
+
+
+def _plan(config: Config, call: KernelCall, block_c: int) -> _Plan:
+    B, T, _, C = call.sizes
+    N = call.n_sequences
     chunk_len = chunk_length(config, B, T, C, block_c)
     n_chunks = max(1, triton.cdiv(T, chunk_len))
-    slots_per_chunk = chunk_len // SEGMENT if save else 1
-    slots = _segments(T) + 1 if save else n_chunks
-    states = torch.empty(B, slots, 3, P, C, dtype=torch.float32, device=call.k.device)
-    final_state = torch.empty(B, 3, P, C, dtype=torch.float32, device=call.k.device)
-    n_blocks = triton.cdiv(C, block_c)
-    if B == 0 or T == 0:
+    programs = B * n_chunks if call.cu_seqlens is None else T // chunk_len + N
+    is_single = n_chunks == 1
+    return _Plan(
+        block_c, triton.cdiv(C, block_c), chunk_len, n_chunks, N if is_single else programs, is_single
+    )
+
+
+def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> tuple[Tensor, Tensor]:
+    """Final state (but of empty packed sequences) and checkpoint. `kind`: what `output` is to hold, "y" or "states"."""
+    B, T, P, C = call.sizes
+    N = call.n_sequences
+    config = config_for(P)
+    plan = _plan(config, call, config.fwd_block_c)
+    is_packed = call.cu_seqlens is not None
+    slots = _checkpoint_slots(B, T, N if is_packed else None) if save else plan.programs
+    states = torch.empty(slots, 3, P, C, dtype=torch.float32, device=call.k.device)
+    final_state = torch.empty(N, 3, P, C, dtype=torch.float32, device=call.k.device)
+    if N == 0 or T == 0:
         return state_without_tokens(call), states
+    slots_per_row = _segments(T) + 1 if save else plan.n_chunks
+    slots_per_chunk = plan.chunk_len // SEGMENT if save else 1
     has_initial = call.initial_state is not None
 
-    def walk(is_output: bool) -> None:
-        wkv_chunk_fwd_kernel[(n_blocks * n_chunks * B,)](
-            call.w, call.u, call.k, call.v, call.weights, call.initial_state, states, final_state, output,
-            T, chunk_len, n_chunks, slots, slots_per_chunk,
-            C=C, P=P, BLOCK_C=block_c, BLOCK_T=config.fwd_block_t, SEGMENT=SEGMENT,
-            WEIGHTS=call.weights_kind, HAS_INITIAL=has_initial, OUTPUT=is_output, SAVE=save and is_output,
+    def walk(kind: str) -> None:
+        wkv_chunk_fwd_kernel[(plan.n_blocks * plan.programs,)](
+            call.w, call.u, call.k, call.v, call.weights, call.initial_state, call.cu_seqlens, states,
+            final_state, output, B * T * P * C, T, plan.chunk_len, plan.n_chunks, N, slots_per_row,
+            slots_per_chunk,
+            C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=config.fwd_block_t, SEGMENT=SEGMENT,
+            WEIGHTS=call.weights_kind, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
+            HAS_INITIAL=has_initial, OUTPUT=kind, SAVE=save,
             APPROX=is_approximate_reciprocal_available(), num_warps=1,
         )  # fmt: skip
 
     with device_guard(call.k.device):
-        if n_chunks > 1:
-            walk(is_output=False)
-            wkv_chunk_scan_kernel[(n_blocks * B,)](
-                call.w, call.initial_state, states, chunk_len, n_chunks, slots, slots_per_chunk,
-                C=C, P=P, BLOCK_C=block_c, HAS_INITIAL=has_initial, num_warps=1,
+        if not plan.is_single:
+            walk("none")
+            wkv_chunk_scan_kernel[(plan.n_blocks * N,)](
+                call.w, call.initial_state, call.cu_seqlens, states, T, plan.chunk_len, slots_per_row,
+                slots_per_chunk,
+                C=C, P=P, BLOCK_C=plan.block_c, VARLEN=is_packed, SAVE=save, HAS_INITIAL=has_initial, num_warps=1,
             )  # fmt: skip
-        walk(is_output=True)
+        walk(kind)
     return final_state, states
 
 
@@ -98,14 +157,17 @@ def chunk_backward(
     v: Tensor,
     weights: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
     checkpoint: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of w, u, k, v, weights and initial_state, each in its input's dtype; `checkpoint` from the forward."""
-    call = kernel_layout(w, u, k, v, weights, initial_state)
+    call = kernel_layout(w, u, k, v, weights, initial_state, cu_seqlens, reverse)
     outside = k.ndim == 4 and weights is not None  # the kernels did not see these weights
     grad_weights = None
     if outside:
-        y = _launch_outputs(call)
+        y = call.new_output()
+        _launch_forward(call, y, "y", save=False)
         grad_weights, grad_output = aggregate_backward(grad_output, y.view(v.shape), weights)
     if grad_final_state is not None:
         grad_final_state = by_channel(grad_final_state, w.shape) if k.ndim == 4 else grad_final_state
@@ -117,10 +179,8 @@ def chunk_backward(
     elif call.weights_kind == "channel":
         grad_weights = grad_channel_weights.sum(1) if weights.ndim == 1 else grad_channel_weights
     grad_initial = None
-    if initial_state is not None and k.shape[1] == 0:
-        grad_initial = _passed_on(initial_state, grad_final_state)
-    elif initial_state is not None:
-        grad_initial = _state_gradient(call.initial_state, grads.adjoint).reshape(initial_state.shape)
+    if initial_state is not None:
+        grad_initial = _initial_gradient(call, grads.adjoint, grad_final_state).reshape(initial_state.shape)
     return (
         grad_w.to(w.dtype),
         grad_u.to(u.dtype),
@@ -131,76 +191,84 @@ def chunk_backward(
     )
 
 
-def _passed_on(state: Tensor, grad_final_state: Tensor | None) -> Tensor:
-    """Gradient of the initial state when no token follows: the final state is a copy of it."""
-    if grad_final_state is None:
-        return torch.zeros_like(state)
-    num, den, _ = state.unbind(1)
-    grad_num, grad_den, _ = grad_final_state.reshape(state.shape).unbind(1)
-    return torch.stack([grad_num, grad_den, num * grad_num + den * grad_den], dim=1)
-
-
-def _launch_outputs(call: KernelCall) -> Tensor:
-    output = call.new_output()
-    _launch_forward(call, output, save=False)
-    return output
-
-
 class _Gradients(NamedTuple):
     k: Tensor
     v: Tensor
     weights: Tensor | None  # [B, T, P]
     vectors: Tensor  # of w, u and per-channel weights: [3, P, C]
-    adjoint: Tensor  # of the initial state: [B, 3, P, C] as (a, b, O)
+    adjoint: Tensor  # of the initial states: [N, 3, P, C] as (a, b, O); undefined where a sequence is empty
 
 
 def _launch_backward(
     call: KernelCall, grad_output: Tensor, grad_final_state: Tensor | None, states: Tensor
 ) -> _Gradients:
     B, T, P, C = call.sizes
+    N = call.n_sequences
     device = call.k.device
     config = config_for(P)
-    block_c, block_t = config.bwd_block_c, config.bwd_block_t
-    chunk_len = chunk_length(config, B, T, C, block_c)
-    n_chunks = max(1, triton.cdiv(T, chunk_len))
-    n_blocks = triton.cdiv(C, block_c)
-    programs = n_blocks * n_chunks * B
+    block_t = config.bwd_block_t
+    plan = _plan(config, call, config.bwd_block_c)
+    is_packed = call.cu_seqlens is not None
     is_token = call.weights_kind == "token"
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     grad_k, grad_v = torch.empty_like(call.k), torch.empty_like(call.v)
-    grad_weights = floats(n_blocks, B, T, P) if is_token else None
-    adjoints, vectors = floats(B, n_chunks, 3, P, C), floats(B, n_chunks, 3, P, C)
-    if programs == 0 or T == 0:
+    grad_weights = floats(plan.n_blocks, B, T, P) if is_token else None
+    if N == 0 or T == 0:
         empty_weights = floats(B, T, P) if is_token else None
-        return _Gradients(grad_k, grad_v, empty_weights, floats(3, P, C).zero_(), adjoints[:, 0])
-    scratch = floats(programs, SEGMENT // block_t, 3, P, block_c)
+        return _Gradients(grad_k, grad_v, empty_weights, floats(3, P, C).zero_(), floats(N, 3, P, C))
+    adjoints, vectors = floats(plan.programs, 3, P, C), floats(plan.programs, 3, P, C)
+    if is_packed:
+        vectors.zero_()  # programs without a chunk write none
+    scratch = floats(plan.n_blocks * plan.programs, SEGMENT // block_t, 3, P, plan.block_c)
 
     def walk(is_grads: bool) -> None:
-        wkv_chunk_bwd_kernel[(programs,)](
-            call.w, call.u, call.k, call.v, call.weights, grad_output, grad_final_state, states, adjoints, scratch,
-            grad_k, grad_v, grad_weights, vectors, T, chunk_len, n_chunks, states.shape[1],
-            C=C, P=P, BLOCK_C=block_c, BLOCK_T=block_t, SEGMENT=SEGMENT, WEIGHTS=call.weights_kind,
+        wkv_chunk_bwd_kernel[(plan.n_blocks * plan.programs,)](
+            call.w, call.u, call.k, call.v, call.weights, call.cu_seqlens, grad_output, grad_final_state, states,
+            adjoints, scratch, grad_k, grad_v, grad_weights, vectors,
+            B * T, T, plan.chunk_len, plan.n_chunks, N, _segments(T) + 1,
+            C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=block_t, SEGMENT=SEGMENT, WEIGHTS=call.weights_kind,
+            VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
             HAS_FINAL=grad_final_state is not None, GRADS=is_grads,
             APPROX=is_approximate_reciprocal_available(), num_warps=1,
         )  # fmt: skip
 
     with device_guard(device):
-        if n_chunks > 1:
+        if not plan.is_single:
             walk(is_grads=False)
-            wkv_chunk_bwd_scan_kernel[(n_blocks * B,)](
-                call.w, adjoints, chunk_len, n_chunks, C=C, P=P, BLOCK_C=block_c, num_warps=1
-            )
+            wkv_chunk_bwd_scan_kernel[(plan.n_blocks * N,)](
+                call.w, call.cu_seqlens, adjoints, T, plan.chunk_len, plan.n_chunks,
+                C=C, P=P, BLOCK_C=plan.block_c, VARLEN=is_packed, num_warps=1,
+            )  # fmt: skip
         walk(is_grads=True)
     return _Gradients(
         grad_k,
         grad_v,
         grad_weights.sum(0) if is_token else None,
-        vectors.sum((0, 1)),
-        adjoints[:, 0],
+        vectors.sum(0),
+        adjoints[plan.first_programs(call)],
     )
+
+
+def _initial_gradient(call: KernelCall, adjoint: Tensor, grad_final_state: Tensor | None) -> Tensor:
+    """Gradient of (num, den, exp) of the initial states, [N, 3, P, C]."""
+    state = call.initial_state
+    if call.sizes[1] == 0:
+        return _passed_on(state, grad_final_state)
+    grad = _state_gradient(state, adjoint)
+    empty = call.empty_sequences()
+    return grad if empty is None else torch.where(empty, _passed_on(state, grad_final_state), grad)
+
+
+def _passed_on(state: Tensor, grad_final_state: Tensor | None) -> Tensor:
+    """Gradient of the initial state when no token follows: the final state is a copy of it."""
+    if grad_final_state is None:
+        return torch.zeros_like(state)
+    num, den, _ = state.unbind(1)
+    grad_num, grad_den, _ = grad_final_state.unbind(1)
+    return torch.stack([grad_num, grad_den, num * grad_num + den * grad_den], dim=1)
 
 
 def _state_gradient(state: Tensor, adjoint: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from trwkv.ops.wkv.kernel_math import (
     store_triple,
     user_exponent,
 )
+from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk, locate_sequence
 
 
 @triton.jit
@@ -54,21 +55,24 @@ def load_last_adjoint(
 def wkv_chunk_bwd_kernel(
     w,  # [P, C]
     u,  # [P, C]
-    k,  # [B, T, C]
-    v,  # [B, T, C]
-    weights,  # [P, C] or [B, T, P]
-    grad_output,  # [B, T, P, C] or [B, T, C]
-    grad_final_state,  # [B, 3, P, C]
-    states,  # [B, slots, 3, P, C]: before every segment, and after the last
-    adjoints,  # [B, n_chunks, 3, P, C]: at the start of each chunk
+    k,  # [rows, C]: B T rows, or those of all packed sequences
+    v,  # [rows, C]
+    weights,  # [P, C] or [rows, P]
+    cu_seqlens,  # [N + 1] if VARLEN
+    grad_output,  # [rows, P, C] or [rows, C]
+    grad_final_state,  # [N, 3, P, C]
+    states,  # [slots, 3, P, C]: before every segment, and after the last; see kernel_rows
+    adjoints,  # [programs along T, 3, P, C]: at the start of each chunk
     scratch,  # [programs, SEGMENT / BLOCK_T, 3, P, BLOCK_C]
-    grad_k,  # [B, T, C]
-    grad_v,  # [B, T, C]
-    grad_weights,  # [n_blocks, B, T, P]: this block of channels' share
-    grad_vectors,  # [B, n_chunks, 3, P, C]: this chunk's share of the gradients of w, u and weights
+    grad_k,  # [rows, C]
+    grad_v,  # [rows, C]
+    grad_weights,  # [n_blocks, rows, P]: this block of channels' share
+    grad_vectors,  # [programs along T, 3, P, C]: this chunk's share of the gradients of w, u and weights
+    rows,
     T,
     chunk_len,
     n_chunks,
+    n_sequences,
     slots,
     C: tl.constexpr,
     P: tl.constexpr,
@@ -76,40 +80,46 @@ def wkv_chunk_bwd_kernel(
     BLOCK_T: tl.constexpr,
     SEGMENT: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    VARLEN: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SINGLE: tl.constexpr,
     HAS_FINAL: tl.constexpr,
     GRADS: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tiles: tl.constexpr = SEGMENT // BLOCK_T
+    STEP: tl.constexpr = -1 if REVERSE else 1
     i_c = tl.program_id(0) % n_blocks
-    i_n = (tl.program_id(0) // n_blocks) % n_chunks
-    i_b = (tl.program_id(0) // n_blocks // n_chunks).to(tl.int64)
+    index = tl.program_id(0) // n_blocks
     lane = tl.arange(0, BLOCK_C)
     c = i_c * BLOCK_C + lane
-    row0 = i_b * T
+    i_s, i_n, first, length = locate_chunk(
+        cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE
+    )
+    row0 = first_row(first, length, REVERSE)
     begin = i_n * chunk_len
-    end = tl.minimum(begin + chunk_len, T)
-    p_states = states + i_b * slots * (3 * P * C)
-    p_adjoint = adjoints + (i_b * n_chunks + i_n) * (3 * P * C)
+    end = tl.minimum(begin + chunk_len, length)
+    if VARLEN:
+        if begin >= length:  # of an empty sequence, or no chunk at all
+            return
+    p_states = states + first_slot(i_s, first, SEGMENT, slots, VARLEN, 2) * (3 * P * C)
+    p_adjoint = adjoints + index.to(tl.int64) * (3 * P * C)
     p_scratch = scratch + tl.program_id(0).to(tl.int64) * (tiles * 3 * P * BLOCK_C)
     if WEIGHTS == "token":
-        grad_weights += i_c.to(tl.int64) * (tl.num_programs(0) // n_blocks // n_chunks) * T * P
+        grad_weights += i_c.to(tl.int64) * rows * P
 
     vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
     p_final = grad_final_state
     if HAS_FINAL:
-        p_final += i_b * (3 * P * C)
-    if i_n == n_chunks - 1:
-        a, b, O = load_last_adjoint(
-            p_states + (slots - 1).to(tl.int64) * (3 * P * C), p_final, c, C, P, BLOCK_C, HAS_FINAL
-        )
+        p_final += i_s * (3 * P * C)
+    p_end = p_states + ((end + SEGMENT - 1) // SEGMENT).to(tl.int64) * (3 * P * C)
+    if end == length:
+        a, b, O = load_last_adjoint(p_end, p_final, c, C, P, BLOCK_C, HAS_FINAL)
     elif GRADS:
         a, b, O = load_triple(p_adjoint + 3 * P * C, c, C, P, BLOCK_C)
     else:
-        a, b, O = load_last_adjoint(
-            p_states + (end // SEGMENT).to(tl.int64) * (3 * P * C), p_final, c, C, P, BLOCK_C, False
-        )
+        a, b, O = load_last_adjoint(p_end, p_final, c, C, P, BLOCK_C, False)
     dw = ()
     du = ()
     dweights = ()
@@ -130,8 +140,8 @@ def wkv_chunk_bwd_kernel(
             store_triple(p_scratch + i * (3 * P * BLOCK_C), lane, A, B, A_exponent, BLOCK_C, P, BLOCK_C)
             if i + 1 < n_tiles:
                 A, B, A_exponent = walk_tile(
-                    A, B, A_exponent, vectors, k, v, weights, grad_k, row0, segment + i * BLOCK_T, stop, c,
-                    C, P, BLOCK_C, BLOCK_T, WEIGHTS, False, APPROX,
+                    A, B, A_exponent, vectors, k, v, weights, grad_k, 0, row0, segment + i * BLOCK_T, stop, c,
+                    C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, "none", APPROX,
                 )  # fmt: skip
         tl.debug_barrier()  # the scratch rows are read back by other lanes if the compiler lays them out otherwise
         for i in range(n_tiles):
@@ -140,13 +150,12 @@ def wkv_chunk_bwd_kernel(
             a, b, O, dw, du, dweights = walk_tile_back(
                 a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
                 grad_k, grad_v, grad_weights, row0, segment + tile * BLOCK_T, stop, c,
-                C, P, BLOCK_C, BLOCK_T, WEIGHTS, GRADS, APPROX,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
             )  # fmt: skip
         tl.debug_barrier()
 
     if GRADS:
-        p_vectors = grad_vectors + (i_b * n_chunks + i_n) * (3 * P * C)
-        store_triple(p_vectors, c, dw, du, dweights, C, P, BLOCK_C)
+        store_triple(grad_vectors + index.to(tl.int64) * (3 * P * C), c, dw, du, dweights, C, P, BLOCK_C)
         if i_n == 0:
             store_triple(p_adjoint, c, a, b, O, C, P, BLOCK_C)
     else:
@@ -156,25 +165,33 @@ def wkv_chunk_bwd_kernel(
 @triton.jit
 def wkv_chunk_bwd_scan_kernel(
     w,  # [P, C]
-    adjoints,  # [B, n_chunks, 3, P, C]: what each chunk adds to the adjoint at its start; replaced by the adjoint
+    cu_seqlens,  # [N + 1] if VARLEN
+    adjoints,  # [programs along T, 3, P, C]: what each chunk adds to the adjoint at its start; replaced by the adjoint
+    T,
     chunk_len,
     n_chunks,
     C: tl.constexpr,
     P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VARLEN: tl.constexpr,
 ):
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = (tl.program_id(0) % n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    i_b = (tl.program_id(0) // n_blocks).to(tl.int64)
+    i_s = (tl.program_id(0) // n_blocks).to(tl.int64)
+    first, length = locate_sequence(cu_seqlens, i_s, T, VARLEN)
+    if VARLEN:
+        if length <= chunk_len:
+            return
     decay = ()
     decay_exponent = ()
     for p in tl.static_range(P):
         mantissa, exponent = split_log(load_row(w + p * C, c, C, BLOCK_C, 0.0), chunk_len.to(tl.float64))
         decay += (mantissa.to(tl.float32),)
         decay_exponent += (exponent,)
-    p_slot = adjoints + (i_b * n_chunks + n_chunks - 1) * (3 * P * C)
+    slot0 = first_slot(i_s, first, chunk_len, n_chunks, VARLEN, 1)
+    p_slot = adjoints + (slot0 + (length - 1) // chunk_len) * (3 * P * C)
     a, b, O = load_triple(p_slot, c, C, P, BLOCK_C)
-    for _ in range(2, n_chunks):
+    for _ in range(2 * chunk_len, length, chunk_len):
         p_slot -= 3 * P * C
         a_chunk, b_chunk, O_chunk = load_triple(p_slot, c, C, P, BLOCK_C)
         a_next = ()

@@ -61,7 +61,7 @@ def store_token_grads(
 def fast_tile_bwd(
     a, b, O, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
     grad_k, grad_v, grad_weights, row, c,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back."""
@@ -101,7 +101,7 @@ def fast_tile_bwd(
     for j in tl.static_range(BLOCK_T - 1, -1, -1):
         e = e_rows[j]
         j_v = v_rows[j].to(tl.float32)
-        grad_y, g = load_grad_y(grad_output, weights, row + j, c, C, P, BLOCK_C, WEIGHTS)
+        grad_y, g = load_grad_y(grad_output, weights, row + j * STEP, c, C, P, BLOCK_C, WEIGHTS)
         from_num = tl.zeros([BLOCK_C], tl.float32)
         from_den = tl.zeros([BLOCK_C], tl.float32)
         y = ()
@@ -140,7 +140,7 @@ def fast_tile_bwd(
                 grad_k,
                 grad_v,
                 grad_weights,
-                row + j,
+                row + j * STEP,
                 c,
                 e,
                 j_v,
@@ -206,7 +206,7 @@ def exact_token_bwd(
 def exact_tile_bwd(
     a, b, O, dw, du, dweights, A0, B0, O0, vectors, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, row, steps, c,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """Any data, up to BLOCK_T tokens: before each token the state is computed anew from the tile's start."""
@@ -218,8 +218,8 @@ def exact_tile_bwd(
         B = B0
         A_exponent = O0
         for m in range(at):
-            m_e, m_exponent = split_k(load_row(k + (row + m) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
-            m_v = load_row(v + (row + m) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
+            m_e, m_exponent = split_k(load_row(k + (row + m * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
+            m_v = load_row(v + (row + m * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
             A_next = ()
             B_next = ()
             O_next = ()
@@ -241,16 +241,16 @@ def exact_tile_bwd(
             A = A_next
             B = B_next
             A_exponent = O_next
-        e, exponent = split_k(load_row(k + (row + at) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
-        i_v = load_row(v + (row + at) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
-        grad_y, g = load_grad_y(grad_output, weights, row + at, c, C, P, BLOCK_C, WEIGHTS)
+        e, exponent = split_k(load_row(k + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
+        i_v = load_row(v + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
+        grad_y, g = load_grad_y(grad_output, weights, row + at * STEP, c, C, P, BLOCK_C, WEIGHTS)
         a, b, O, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
             a, b, O, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
             decay, defect, decay_exponent, bonus, bonus_exponent, (at == 0) & is_full, P, APPROX,
         )  # fmt: skip
         if GRADS:
             store_token_grads(
-                grad_k, grad_v, grad_weights, row + at, c, e, i_v, from_num, from_den, g, rows_y,
+                grad_k, grad_v, grad_weights, row + at * STEP, c, e, i_v, from_num, from_den, g, rows_y,
                 C, P, BLOCK_C, WEIGHTS,
             )  # fmt: skip
     return a, b, O, dw, du, dweights
@@ -260,29 +260,29 @@ def exact_tile_bwd(
 def walk_tile_back(
     a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, row0, t0, end, c,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """Adjoint before token t0 from that after the tile, whose first state is (A, B, A_exponent)."""
-    row = row0 + t0
+    row = row0 + t0 * STEP
     k_rows = ()
     v_rows = ()
     is_full = t0 + BLOCK_T <= end
     last = end - 1 - t0
     for j in tl.static_range(BLOCK_T):
-        j_row = row + tl.minimum(j, last)
+        j_row = row + tl.minimum(j, last) * STEP
         k_rows += (load_row(k + j_row * C, c, C, BLOCK_C, 0.0),)
         v_rows += (load_row(v + j_row * C, c, C, BLOCK_C, 0.0),)
     top, is_safe = tile_stabiliser(k_rows, A_exponent, vectors, P, BLOCK_T)
     if is_safe & is_full:
         a, b, O, dw, du, dweights = fast_tile_bwd(
             a, b, O, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
-            grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, WEIGHTS, GRADS, APPROX,
+            grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
         )  # fmt: skip
     else:
         a, b, O, dw, du, dweights = exact_tile_bwd(
             a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
             grad_k, grad_v, grad_weights, row, tl.minimum(BLOCK_T, end - t0), c,
-            C, P, BLOCK_C, BLOCK_T, WEIGHTS, GRADS, APPROX,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
         )  # fmt: skip
     return a, b, O, dw, du, dweights

@@ -1,8 +1,10 @@
 """Forward of the chunked WKV: three kernels. A chunk is walked tile by tile, BLOCK_T tokens at a time.
 
-1. `wkv_chunk_fwd_kernel` with OUTPUT=False: what each chunk adds to an empty state.
+1. `wkv_chunk_fwd_kernel` with OUTPUT="none": what each chunk adds to an empty state.
 2. `wkv_chunk_scan_kernel`: the state before each chunk.
-3. `wkv_chunk_fwd_kernel` with OUTPUT=True: the outputs. With a single chunk it is the only one that runs.
+3. `wkv_chunk_fwd_kernel` with OUTPUT="y": the outputs. With a single chunk it is the only one that runs.
+   With OUTPUT="states" it stores the state before every token instead, by the exact path alone: the fast one may lose
+   a state that its tile's tokens outweigh.
 """
 
 import triton
@@ -20,12 +22,15 @@ from trwkv.ops.wkv.kernel_math import (
     normalise,
     pow2,
     reciprocal,
+    scale_exactly,
     split_k,
     split_log,
     store_row,
     store_triple,
     store_user_state,
+    user_exponent,
 )
+from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk, locate_sequence
 
 
 @triton.jit
@@ -59,6 +64,19 @@ def store_output(
 
 
 @triton.jit
+def store_token_state(
+    output, plane, row, c, A, B, O, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """The state before the token in `row`, as the user sees it, to output [3, rows, P, C]."""
+    for p in tl.static_range(P):
+        exp, scale = user_exponent(O[p])
+        p_output = output + (row * P + p) * C
+        store_row(p_output, c, scale_exactly(A[p], scale), C, BLOCK_C)
+        store_row(p_output + plane, c, scale_exactly(B[p], scale), C, BLOCK_C)
+        store_row(p_output + plane + plane, c, exp, C, BLOCK_C)
+
+
+@triton.jit
 def tile_stabiliser(k_rows, O, vectors, P: tl.constexpr, BLOCK_T: tl.constexpr):
     """The exponent that one tile computes in, and whether every sum in it then stays within SAFE_BITS."""
     k_max = k_rows[0].to(tl.float32)
@@ -85,16 +103,19 @@ def tile_stabiliser(k_rows, O, vectors, P: tl.constexpr, BLOCK_T: tl.constexpr):
 def wkv_chunk_fwd_kernel(
     w,  # [P, C]
     u,  # [P, C]
-    k,  # [B, T, C]
-    v,  # [B, T, C]
-    weights,  # [P, C] or [B, T, P]
-    initial_state,  # [B, 3, P, C], as the user has it
-    states,  # [B, slots, 3, P, C], internal form
-    final_state,  # [B, 3, P, C], as the user sees it
-    output,  # [B, T, P, C] or [B, T, C]
+    k,  # [rows, C]: B T rows, or those of all packed sequences
+    v,  # [rows, C]
+    weights,  # [P, C] or [rows, P]
+    initial_state,  # [N, 3, P, C], N sequences, as the user has it
+    cu_seqlens,  # [N + 1] if VARLEN
+    states,  # [slots, 3, P, C], internal form; see kernel_rows
+    final_state,  # [N, 3, P, C], as the user sees it
+    output,  # [rows, P, C], [rows, C], or states [3, rows, P, C]
+    plane,  # rows P C
     T,
     chunk_len,
     n_chunks,
+    n_sequences,
     slots,
     slots_per_chunk,
     C: tl.constexpr,
@@ -103,74 +124,89 @@ def wkv_chunk_fwd_kernel(
     BLOCK_T: tl.constexpr,
     SEGMENT: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    VARLEN: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SINGLE: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     OUTPUT: tl.constexpr,
     SAVE: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    i_c = tl.program_id(0) % n_blocks
-    i_n = (tl.program_id(0) // n_blocks) % n_chunks
-    i_b = (tl.program_id(0) // n_blocks // n_chunks).to(tl.int64)
-    c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    row0 = i_b * T
-    p_slot = states + (i_b * slots + i_n * slots_per_chunk) * (3 * P * C)
+    STEP: tl.constexpr = -1 if REVERSE else 1
+    c = (tl.program_id(0) % n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    i_s, i_n, first, length = locate_chunk(
+        cu_seqlens, tl.program_id(0) // n_blocks, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE
+    )
+    row0 = first_row(first, length, REVERSE)
+    begin = i_n * chunk_len
+    end = tl.minimum(begin + chunk_len, length)
+    is_last = (begin < length) & (end == length)
+    slot0 = first_slot(i_s, first, chunk_len // slots_per_chunk, slots, VARLEN, 2 if SAVE else 1)
+    p_slot = states + (slot0 + i_n * slots_per_chunk) * (3 * P * C)
 
     vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
     A, B, O = empty_state(P, BLOCK_C)
-    if OUTPUT:
-        if n_chunks > 1:
-            A, B, O = load_triple(p_slot, c, C, P, BLOCK_C)
+    if OUTPUT != "none":
+        if not SINGLE:
+            if begin < length:
+                A, B, O = load_triple(p_slot, c, C, P, BLOCK_C)
         elif HAS_INITIAL:
-            A, B, O = load_user_state(initial_state + i_b * (3 * P * C), c, C, P, BLOCK_C)
+            A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
+    elif end == length:  # what the last chunk adds to the state nobody needs
+        end = begin
 
-    begin = i_n * chunk_len
-    end = tl.minimum(begin + chunk_len, T)
     for t0 in range(begin, end, BLOCK_T):
-        if SAVE:
+        if SAVE and OUTPUT != "none":
             if t0 % SEGMENT == 0:
-                p_saved = states + (i_b * slots + t0 // SEGMENT) * (3 * P * C)
-                store_triple(p_saved, c, A, B, O, C, P, BLOCK_C)
-        A, B, O = walk_tile(
-            A, B, O, vectors, k, v, weights, output, row0, t0, end, c,
-            C, P, BLOCK_C, BLOCK_T, WEIGHTS, OUTPUT, APPROX,
-        )  # fmt: skip
+                store_triple(states + (slot0 + t0 // SEGMENT) * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
+        if OUTPUT == "states":
+            A, B, O = exact_tile(
+                A, B, O, vectors, k, v, weights, output, plane, row0 + t0 * STEP, tl.minimum(BLOCK_T, end - t0), c,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
+            )  # fmt: skip
+        else:
+            A, B, O = walk_tile(
+                A, B, O, vectors, k, v, weights, output, plane, row0, t0, end, c,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
+            )  # fmt: skip
 
-    if OUTPUT:
-        if i_n == n_chunks - 1:
-            store_user_state(final_state + i_b * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
-            if SAVE:
-                store_triple(states + (i_b * slots + slots - 1) * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
-    elif i_n < n_chunks - 1:
-        store_triple(p_slot + slots_per_chunk * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
+    if OUTPUT == "none":
+        if begin + chunk_len < length:
+            store_triple(p_slot + slots_per_chunk * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
+    elif is_last:
+        store_user_state(final_state + i_s * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
+        if SAVE:
+            p_last = states + (slot0 + (length + SEGMENT - 1) // SEGMENT) * (3 * P * C)
+            store_triple(p_last, c, A, B, O, C, P, BLOCK_C)
 
 
 @triton.jit
 def walk_tile(
-    A, B, O, vectors, k, v, weights, output, row0, t0, end, c,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    A, B, O, vectors, k, v, weights, output, plane, row0, t0, end, c,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """The state after tokens t0 .. min(t0 + BLOCK_T, end) - 1, and their outputs."""
-    row = row0 + t0
+    row = row0 + t0 * STEP
     k_rows = ()
     v_rows = ()
     is_full = t0 + BLOCK_T <= end
     last = end - 1 - t0
     for j in tl.static_range(BLOCK_T):  # rows beyond the end repeat the last one and are not used
-        j_row = row + tl.minimum(j, last)
+        j_row = row + tl.minimum(j, last) * STEP
         k_rows += (load_row(k + j_row * C, c, C, BLOCK_C, 0.0),)
         v_rows += (load_row(v + j_row * C, c, C, BLOCK_C, 0.0),)
     top, is_safe = tile_stabiliser(k_rows, O, vectors, P, BLOCK_T)
     if is_safe & is_full:
         A, B, O = fast_tile(
             A, B, O, top, k_rows, v_rows, vectors, weights, output, row, c,
-            C, P, BLOCK_C, BLOCK_T, WEIGHTS, OUTPUT, APPROX,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
         )  # fmt: skip
     else:
         A, B, O = exact_tile(
-            A, B, O, vectors, k, v, weights, output, row, tl.minimum(BLOCK_T, end - t0), c,
-            C, P, BLOCK_C, BLOCK_T, WEIGHTS, OUTPUT, APPROX,
+            A, B, O, vectors, k, v, weights, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
         )  # fmt: skip
     return A, B, O
 
@@ -178,7 +214,7 @@ def walk_tile(
 @triton.jit
 def fast_tile(
     A, B, O, top, k_rows, v_rows, vectors, weights, output, row, c,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """One exponent, `top`, for all perspectives and tokens: multiply-adds and a reciprocal per perspective."""
@@ -203,7 +239,7 @@ def fast_tile(
         A_next = ()
         B_next = ()
         for p in tl.static_range(P):
-            if OUTPUT:
+            if OUTPUT == "y":
                 now = U[p] * e
                 y += (tl.fma(now, j_v, A[p]) * reciprocal(B[p] + now, APPROX),)
             if j == 0:
@@ -215,8 +251,8 @@ def fast_tile(
                 B_next += (tl.fma(B[p], W[p], e),)
         A = A_next
         B = B_next
-        if OUTPUT:
-            store_output(output, row + j, c, y, weights, C, P, BLOCK_C, WEIGHTS)
+        if OUTPUT == "y":
+            store_output(output, row + j * STEP, c, y, weights, C, P, BLOCK_C, WEIGHTS)
     O_end = ()
     A_end = ()
     B_end = ()
@@ -230,22 +266,25 @@ def fast_tile(
 
 @triton.jit
 def exact_tile(
-    A, B, O, vectors, k, v, weights, output, row, steps, c,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    A, B, O, vectors, k, v, weights, output, plane, row, steps, c,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """The same roundings as `fast_tile` with an exponent per perspective and step: any data, up to BLOCK_T tokens."""
     decay, decay_exponent, defect, bonus, bonus_exponent = vectors
     for i in range(steps):
         is_first = (i == 0) & (steps == BLOCK_T)
-        e, exponent = split_k(load_row(k + (row + i) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
-        i_v = load_row(v + (row + i) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
+        i_row = row + i * STEP
+        if OUTPUT == "states":
+            store_token_state(output, plane, i_row, c, A, B, O, C, P, BLOCK_C)
+        e, exponent = split_k(load_row(k + i_row * C, c, C, BLOCK_C, 0.0).to(tl.float32))
+        i_v = load_row(v + i_row * C, c, C, BLOCK_C, 0.0).to(tl.float32)
         y = ()
         A_next = ()
         B_next = ()
         O_next = ()
         for p in tl.static_range(P):
-            if OUTPUT:
+            if OUTPUT == "y":
                 num, den, _ = exact_output(A[p], B[p], O[p], bonus[p], bonus_exponent[p], e, exponent, i_v)
                 y += (num * reciprocal(den, APPROX),)
             a, b, o = exact_update(
@@ -265,40 +304,46 @@ def exact_tile(
         A = A_next
         B = B_next
         O = O_next
-        if OUTPUT:
-            store_output(output, row + i, c, y, weights, C, P, BLOCK_C, WEIGHTS)
+        if OUTPUT == "y":
+            store_output(output, i_row, c, y, weights, C, P, BLOCK_C, WEIGHTS)
     return A, B, O
 
 
 @triton.jit
 def wkv_chunk_scan_kernel(
     w,  # [P, C]
-    initial_state,  # [B, 3, P, C], as the user has it
-    states,  # [B, slots, 3, P, C]: in slot n + 1 what chunk n adds; replaced by the state before chunk n + 1
+    initial_state,  # [N, 3, P, C], as the user has it
+    cu_seqlens,  # [N + 1] if VARLEN
+    states,  # [slots, 3, P, C]: where chunk n + 1 begins, what chunk n adds; replaced by the state there
+    T,
     chunk_len,
-    n_chunks,
     slots,
     slots_per_chunk,
     C: tl.constexpr,
     P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VARLEN: tl.constexpr,
+    SAVE: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
 ):
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = (tl.program_id(0) % n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    i_b = (tl.program_id(0) // n_blocks).to(tl.int64)
+    i_s = (tl.program_id(0) // n_blocks).to(tl.int64)
+    first, length = locate_sequence(cu_seqlens, i_s, T, VARLEN)
+    slot0 = first_slot(i_s, first, chunk_len // slots_per_chunk, slots, VARLEN, 2 if SAVE else 1)
     A, B, O = empty_state(P, BLOCK_C)
     if HAS_INITIAL:
-        A, B, O = load_user_state(initial_state + i_b * (3 * P * C), c, C, P, BLOCK_C)
+        A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
     decay = ()
     decay_exponent = ()
     for p in tl.static_range(P):
         mantissa, exponent = split_log(load_row(w + p * C, c, C, BLOCK_C, 0.0), chunk_len.to(tl.float64))
         decay += (mantissa.to(tl.float32),)
         decay_exponent += (exponent,)
-    p_slot = states + i_b * slots * (3 * P * C)
-    store_triple(p_slot, c, A, B, O, C, P, BLOCK_C)
-    for _ in range(1, n_chunks):
+    p_slot = states + slot0 * (3 * P * C)
+    if length > 0:
+        store_triple(p_slot, c, A, B, O, C, P, BLOCK_C)
+    for _ in range(chunk_len, length, chunk_len):
         p_slot += slots_per_chunk * (3 * P * C)
         A_chunk, B_chunk, O_chunk = load_triple(p_slot, c, C, P, BLOCK_C)
         A_next = ()

@@ -22,9 +22,21 @@ class KernelCall:
     v: Tensor
     weights: Tensor | None
     initial_state: Tensor | None
+    cu_seqlens: Tensor | None  # on k's device
+    reverse: bool
     sizes: tuple[int, int, int, int]
     weights_kind: str  # "none", "channel" ([P, C]) or "token" ([B, T, P])
     output_dtype: torch.dtype
+
+    @property
+    def n_sequences(self) -> int:
+        return self.sizes[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+    def empty_sequences(self) -> Tensor | None:
+        """Which packed sequences have no token, [N, 1, 1, 1]; None if there are none packed."""
+        if self.cu_seqlens is None:
+            return None
+        return (self.cu_seqlens[1:] == self.cu_seqlens[:-1]).view(-1, 1, 1, 1)
 
     def new_output(self) -> Tensor:
         B, T, P, C = self.sizes
@@ -33,7 +45,14 @@ class KernelCall:
 
 
 def kernel_layout(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, initial_state: Tensor | None
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
 ) -> KernelCall:
     B, T = k.shape[:2]
     P, C = w.shape
@@ -50,9 +69,11 @@ def kernel_layout(
         weights = (weights[:, None].expand(P, C) if weights.ndim == 1 else weights).contiguous()
     if initial_state is not None:
         initial_state = initial_state.contiguous()
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(k.device, non_blocking=True).contiguous()
     return KernelCall(
         w.contiguous(), u.contiguous(), k.contiguous(), v.contiguous(), weights, initial_state,
-        (B, T, P, C), kind, output_dtype,
+        cu_seqlens, reverse, (B, T, P, C), kind, output_dtype,
     )  # fmt: skip
 
 
@@ -65,13 +86,21 @@ def by_channel(state: Tensor | None, shape: tuple[int, int], *, back: bool = Fal
 
 
 def state_without_tokens(call: KernelCall) -> Tensor:
-    """The final state of a call with T = 0: a copy of the initial one, or a fresh one."""
+    """The final state of sequences without tokens: a copy of the initial one, or a fresh one."""
     if call.initial_state is not None:
         return call.initial_state.clone()
-    B, _, P, C = call.sizes
-    fresh = torch.zeros(B, 3, P, C, dtype=torch.float32, device=call.k.device)
+    _, _, P, C = call.sizes
+    fresh = torch.zeros(call.n_sequences, 3, P, C, dtype=torch.float32, device=call.k.device)
     fresh[:, 2] = EMPTY_EXP
     return fresh
+
+
+def finish_state(final_state: Tensor, shape: tuple[int, int], call: KernelCall) -> Tensor:
+    """The final state as the caller wants it; the kernels leave those of empty sequences to this."""
+    empty = call.empty_sequences()
+    if empty is not None:
+        final_state = torch.where(empty, state_without_tokens(call), final_state)
+    return by_channel(final_state, shape, back=True)
 
 
 def finish_output(output: Tensor, weights: Tensor | None, v: Tensor, call: KernelCall) -> Tensor:

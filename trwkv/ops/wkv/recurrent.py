@@ -9,7 +9,8 @@ from trwkv.ops._dispatch import device_guard, is_approximate_reciprocal_availabl
 from trwkv.ops._tuning import config_for
 from trwkv.ops.wkv.chunk_fwd import exact_tile
 from trwkv.ops.wkv.kernel_math import empty_state, load_user_state, load_vectors, store_user_state
-from trwkv.ops.wkv.layout import by_channel, finish_output, kernel_layout, state_without_tokens
+from trwkv.ops.wkv.kernel_rows import first_row, locate_sequence
+from trwkv.ops.wkv.layout import finish_output, finish_state, kernel_layout, state_without_tokens
 
 BLOCK_C = 32
 
@@ -18,52 +19,67 @@ BLOCK_C = 32
 def wkv_recurrent_fwd_kernel(
     w,  # [P, C]
     u,  # [P, C]
-    k,  # [B, T, C]
-    v,  # [B, T, C]
-    weights,  # [P, C] or [B, T, P]
-    initial_state,  # [B, 3, P, C]
-    final_state,  # [B, 3, P, C]
-    output,  # [B, T, P, C] or [B, T, C]
+    k,  # [rows, C]: B T rows, or those of all packed sequences
+    v,  # [rows, C]
+    weights,  # [P, C] or [rows, P]
+    initial_state,  # [N, 3, P, C]
+    cu_seqlens,  # [N + 1] if VARLEN
+    final_state,  # [N, 3, P, C]
+    output,  # [rows, P, C] or [rows, C]
     T,
     C: tl.constexpr,
     P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    VARLEN: tl.constexpr,
+    REVERSE: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = (tl.program_id(0) % n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    i_b = (tl.program_id(0) // n_blocks).to(tl.int64)
+    STEP: tl.constexpr = -1 if REVERSE else 1
+    i_s = (tl.program_id(0) // n_blocks).to(tl.int64)
+    first, length = locate_sequence(cu_seqlens, i_s, T, VARLEN)
+    row0 = first_row(first, length, REVERSE)
     vectors = load_vectors(w, u, c, C, P, BLOCK_C, 1)
     A, B, O = empty_state(P, BLOCK_C)
     if HAS_INITIAL:
-        A, B, O = load_user_state(initial_state + i_b * (3 * P * C), c, C, P, BLOCK_C)
-    for t in range(0, T):
+        A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
+    for t in range(0, length):
         A, B, O = exact_tile(
-            A, B, O, vectors, k, v, weights, output, i_b * T + t, 1, c,
-            C, P, BLOCK_C, 1, WEIGHTS, True, APPROX,
+            A, B, O, vectors, k, v, weights, output, 0, row0 + t * STEP, 1, c,
+            C, P, BLOCK_C, 1, STEP, WEIGHTS, "y", APPROX,
         )  # fmt: skip
-    store_user_state(final_state + i_b * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
+    store_user_state(final_state + i_s * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
 
 
 def recurrent_forward(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, initial_state: Tensor | None
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as in `multi_perspective_wkv`, P axis present, validated."""
     config_for(w.shape[0])
-    call = kernel_layout(w, u, k, v, weights, initial_state)
-    B, T, P, C = call.sizes
+    call = kernel_layout(w, u, k, v, weights, initial_state, cu_seqlens, reverse)
+    _, T, P, C = call.sizes
+    N = call.n_sequences
     output = call.new_output()
-    final_state = torch.empty(B, 3, P, C, dtype=torch.float32, device=k.device)
+    final_state = torch.empty(N, 3, P, C, dtype=torch.float32, device=k.device)
     if T == 0:
         final_state = state_without_tokens(call)
-    elif B > 0:
+    elif N > 0:
         with device_guard(k.device):
-            wkv_recurrent_fwd_kernel[(B * triton.cdiv(C, BLOCK_C),)](
-                call.w, call.u, call.k, call.v, call.weights, call.initial_state, final_state, output, T,
-                C=C, P=P, BLOCK_C=BLOCK_C, WEIGHTS=call.weights_kind,
-                HAS_INITIAL=call.initial_state is not None,
+            wkv_recurrent_fwd_kernel[(N * triton.cdiv(C, BLOCK_C),)](
+                call.w, call.u, call.k, call.v, call.weights, call.initial_state, call.cu_seqlens,
+                final_state, output, T,
+                C=C, P=P, BLOCK_C=BLOCK_C, WEIGHTS=call.weights_kind, VARLEN=cu_seqlens is not None,
+                REVERSE=reverse, HAS_INITIAL=call.initial_state is not None,
                 APPROX=is_approximate_reciprocal_available(), num_warps=1,
             )  # fmt: skip
-    return finish_output(output, weights, v, call), by_channel(final_state, w.shape, back=True)
+    return finish_output(output, weights, v, call), finish_state(final_state, w.shape, call)

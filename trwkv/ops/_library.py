@@ -1,0 +1,70 @@
+"""Operators of `torch.library` with a gradient: for every op of the package, the ways PyTorch calls one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def differentiable(name: str, setup_context: Callable, backward: Callable) -> Callable:
+    """Gives `trwkv::name` its autograd formula and a batching rule, and returns the function to call it with.
+
+    `torch.library.register_autograd` serves the compiler and export, but costs 30 us a call (T = 1 takes 100) and
+    cannot be transformed by `torch.func`. Therefore eager calls go through an `autograd.Function` of the old, fast
+    kind, and those under `torch.func` through one of the new kind. All three share the formula.
+    """
+    op = getattr(torch.ops.trwkv, name)
+    torch.library.register_autograd(f"trwkv::{name}", backward, setup_context=setup_context)
+    torch.library.register_vmap(f"trwkv::{name}", _slice_by_slice(op))
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = op(*args)
+            setup_context(ctx, args, outputs)
+            return outputs
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args):
+            return op(*args)
+
+    Eager.backward = staticmethod(backward)
+    Transformed.backward = staticmethod(backward)
+    Transformed.setup_context = staticmethod(setup_context)
+    Eager.__name__ = Transformed.__name__ = name
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if torch._C._are_functorch_transforms_active():
+            return Transformed.apply(*args)
+        return Eager.apply(*args) if is_gradient_needed(*args) else op(*args)
+
+    return call
+
+
+def is_gradient_needed(*args: Any) -> bool:
+    """Whether autograd will want the gradient of any of `args`, tensors or not."""
+    if torch.is_grad_enabled():
+        for x in args:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return True
+    return False
+
+
+def _slice_by_slice(op: Callable) -> Callable:
+    """Batching rule for `torch.func.vmap`: the op once per slice, whichever arguments are mapped."""
+
+    def rule(info, in_dims, *args):
+        rows = [
+            op(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return rule
