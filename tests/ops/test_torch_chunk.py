@@ -9,7 +9,7 @@ from torch import Tensor
 from trwkv.ops import chunk_wkv
 from trwkv.ops.wkv import torch_chunk, torch_chunk_block, torch_chunk_bwd
 from trwkv.ops.wkv.torch_chunk import CHUNK, chunk_backward, chunk_forward, empty_checkpoint
-from trwkv.testing import WkvCase, assert_accurate, gradients, true_sums, wkv_case, wkv_truth
+from trwkv.testing import FLOAT32_ULPS, WkvCase, assert_accurate, gradients, true_sums, wkv_case, wkv_truth
 
 ALL_PARTS = ("w", "u", "k", "v", "weights", "initial_state")
 
@@ -131,21 +131,61 @@ def test_mixed_ranges(k_range: float, u_range: float) -> None:
     check(case)
 
 
-def test_slow_decay_over_many_chunks() -> None:
-    """A decay of 1e-6 per step, which e^w in float32 would miss by 3 %, and k near 300, whose ulp is 3e-5."""
-    T, C = 1 << 14, 2
+@pytest.mark.parametrize("T", [1, CHUNK + 1, 150, 300])
+@pytest.mark.parametrize("log_decays", [(-6.0, -1.0), (-13.8, 4.4), (3.0, 4.38)])
+@pytest.mark.parametrize("growing", [0.5, 1.0])
+def test_growing_sums(T: int, log_decays: tuple[float, float], growing: float) -> None:
+    """Decays above zero, up to 80: old tokens gain weight, by up to e^24000."""
+    for seed, (k_range, u_range, weights, state, dtype) in enumerate((
+        (4.0, 1.0, "none", "random", torch.float32),
+        (300.0, 300.0, "PC", "zero", torch.bfloat16),
+        (60.0, 60.0, "BTP", "random", torch.float64),
+    )):  # fmt: skip
+        case = wkv_case(
+            2, T, 2, 3, seed=seed, growing=growing, log_decays=log_decays, k_range=k_range, u_range=u_range,
+            weights=weights, state=state, dtype=dtype, shared=seed != 1,
+        )  # fmt: skip
+        check(case)
+
+
+@pytest.mark.parametrize("decay", [-1e-4, -1e-6, 0.0, 1e-6, 1e-3])
+def test_slow_decay_over_many_chunks(decay: float) -> None:
+    """w near zero, of which e^w in float32 misses 3 % at 1e-6, k near 300, whose ulp is 3e-5, and 65536 tokens."""
+    T, C = 1 << 16, 2
     g = torch.Generator().manual_seed(0)
-    w, u = torch.full((1, C), -1e-6), torch.zeros(1, C)
+    w, u = decay * torch.tensor([[1.0, 1.37]]), torch.zeros(1, C)
     k = 295 + torch.rand(1, T, C, generator=g)
     v = torch.randn(1, T, C, generator=g) + torch.linspace(-1, 1, T)[None, :, None]
-    output, _, _ = chunk_forward(w, u, k, v, None, None)
-    weight = torch.exp(
-        k.double() - 295 - w.double() * torch.arange(1, T + 1, dtype=torch.float64)[None, :, None]
+    grad_output, grad_state = torch.randn(1, T, 1, C, generator=g), torch.randn(1, 2, 1, C, generator=g)
+    output, state, checkpoint = chunk_forward(w, u, k, v, None, None)
+
+    leaves = [x.double().requires_grad_() for x in (w, u, k, v)]
+    true, sums = by_cumulated_sums(*leaves)  # sums in units of e^295
+    unit = state[:, 2].double() - 295
+    scale = sums[:, 1:].detach() * torch.exp(-unit)
+    error = (state[:, :2] - sums * torch.exp(-unit)).abs()
+    assert (error <= FLOAT32_ULPS * 2.0**-24 * scale * v.abs().max()).all()
+    grads = torch.autograd.grad(
+        [true, sums / scale * torch.exp(-unit)], leaves, [grad_output.double(), grad_state.double()]
     )
-    own = torch.exp(k.double() - 295 - w.double() * torch.arange(T, dtype=torch.float64)[None, :, None])
-    past_num, past_den = (weight * v).cumsum(1) - weight * v, weight.cumsum(1) - weight
-    true = (past_num + own * v) / (past_den + own)
-    assert (output[:, :, 0] - true).abs().max() <= 1e-6 * v.abs().max()
+    assert (output - true).abs().max() <= 1e-6 * v.abs().max()
+    sent = torch.cat([grad_state / scale.float(), grad_state[:, :1]], dim=1)
+    got = chunk_backward(grad_output, sent, w, u, k, v, None, None, checkpoint)
+    sizes = [x.abs().max() for x in grads]
+    sizes[0] = T * grad_state.abs().sum(1).max() * v.abs().max()  # num's and den's parts nearly cancel
+    for x, y, size in zip(got, grads, sizes, strict=False):
+        assert (x - y).abs().max() <= FLOAT32_ULPS * 2.0**-24 * size
+
+
+def by_cumulated_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and final (num, den) in units of e^295, in float64; for |T w| below 100."""
+    T = k.shape[1]
+    t = torch.arange(T, dtype=torch.float64)[:, None, None]
+    k, v = k[:, :, None] - 295, v[:, :, None]
+    weight, own = torch.exp(k - (t + 1) * w), torch.exp(u + k - t * w)
+    num, den = (torch.cat([torch.zeros_like(x[:, :1]), x.cumsum(1)], dim=1) for x in (weight * v, weight))
+    y = (num[:, :-1] + own * v) / (den[:, :-1] + own)
+    return y, torch.stack([num[:, -1], den[:, -1]], dim=1) * torch.exp(T * w)
 
 
 @pytest.mark.parametrize("k_range", [4.0, 40.0, 300.0])
@@ -202,6 +242,30 @@ def test_neighbours_are_bitwise_irrelevant(k_range: float) -> None:
         None,
     )
     assert torch.equal(alone, output[:1, :, half])
+
+
+@pytest.mark.parametrize("k_range", [4.0, 300.0])
+def test_lone_columns_are_not_summed_differently(k_range: float) -> None:
+    """A single row of a single channel, of more perspectives than `Tensor.sum` takes one by one."""
+    case = wkv_case(3, CHUNK + 1, 7, 1, k_range=k_range, weights="PC", final_gradient=False)
+    whole = run(case)
+    for b in range(3):
+        alone = case.mapped(lambda x, axes, b=b: x if axes.batch is None else x[b : b + 1])
+        output, state, grads = run(alone)
+        assert torch.equal(output, whole[0][b : b + 1]) and torch.equal(state, whole[1][b : b + 1])
+        assert all(torch.equal(x, y[b : b + 1]) for x, y in zip(grads[2:4], whole[2][2:4], strict=True))
+
+
+def test_backward_can_be_repeated() -> None:
+    """It leaves the checkpoint as it is, also in float64, and where an empty state has a huge exponent."""
+    case = wkv_case(2, 40, 2, 3, dtype=torch.float64, state="zero")
+    case.initial_state[:, 2] = 1e30
+    _, _, checkpoint = chunk_forward(*raw(case))
+    kept = checkpoint.clone()
+    first = chunk_backward(case.grad_output, None, *raw(case), checkpoint)
+    assert torch.equal(checkpoint, kept)
+    second = chunk_backward(case.grad_output, None, *raw(case), checkpoint)
+    assert all(x is y or torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 def test_runs_are_bitwise_repeatable() -> None:

@@ -1,9 +1,17 @@
 """Two independent oracles of the WKV recurrence, in float64, readable and slow.
 
-`step_wkv` walks the tokens one by one; `direct_wkv` writes every output as one log-sum-exp over its past, O(T^2).
-They share no arithmetic, so an error in one shows against the other. Both are differentiable to any order by
-PyTorch's autograd. Every stabiliser is detached: its value cancels from the result, and so must its derivative.
+`step_wkv` and `step_states` walk the tokens one by one, every packed sequence alone, cut out and flipped as asked.
+`direct_wkv` and `direct_states` write every result as one log-sum-exp over all packed tokens, O(T^2), where sequences
+and direction are nothing but masks and signed lags. They share no arithmetic: an error in one, such as a state that
+leaks from one sequence into the next, shows against the other. All are differentiable to any order by PyTorch's
+autograd. Every stabiliser is detached: its value cancels from the result, and so must its derivative. The exponents
+returned carry no gradient.
+
+Shapes as in `multi_perspective_wkv`, with the P axis present. `bounds`: cu_seqlens as a list, or None.
 """
+
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,54 +19,186 @@ from torch import Tensor
 EMPTY_EXP = -1e38
 """Exponent of an empty state: finite, so that no difference of two exponents is NaN."""
 
+_State = tuple[Tensor, Tensor, Tensor]  # num, den, exp
+
 
 def step_wkv(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, initial_state: Tensor | None
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    initial_state: Tensor | None,
+    bounds: list[int] | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token after the other. Shapes as in `multi_perspective_wkv`, with the P axis present.
+    """One token after the other. Returns the output in v's dtype and the state after the last token."""
+    w64, u64 = w.double(), u.double()  # once: gradients of all sequences add up in float64
+    weights64 = None if weights is None else weights.double()
 
-    Returns the output in v's dtype and the state after the last token.
-    """
-    w64, u64, k64, v64 = (x.double() for x in (w, u, _per_perspective(k), _per_perspective(v)))
-    num, den, exp = _unpack_state(initial_state, k64, w64)
-    rows = []
-    for t in range(k64.shape[1]):
-        kt, vt = k64[:, t], v64[:, t]
-        mass = _exponent_of_mass(num, den, exp)
-        top = torch.maximum(mass, u64 + kt).detach()
-        past, now = _exp(exp - top), _exp(u64 + kt - top)
-        rows.append((past * num + now * vt) / (past * den + now))
-        top = torch.maximum(mass + w64, kt).detach()
-        past, now = _exp(exp + w64 - top), _exp(kt - top)
-        num, den, exp = past * num + now * vt, past * den + now, top
-    y = torch.stack(rows, dim=1) if rows else _no_rows(k64, w64)
-    return aggregate(y, weights).to(v.dtype), _pack_state(num, den, exp, k)
+    def run(k: Tensor, v: Tensor, weights: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        k64, v64 = _per_perspective(k, len(w)), _per_perspective(v, len(w))
+        states = _walk(w64, k64, v64, state)
+        rows = []
+        for (num, den, exp), kt, vt in zip(states[:-1], k64.unbind(1), v64.unbind(1), strict=True):
+            bonus = u64 + kt
+            top = torch.maximum(_exponent_of_mass(num, den, exp), bonus).detach()
+            past, now = _exp(exp - top), _exp(bonus - top)
+            rows.append((past * num + now * vt) / (past * den + now))
+        y = torch.stack(rows, dim=1) if rows else k64.new_empty(k.shape[0], 0, *w.shape)
+        return aggregate(y, weights).to(v.dtype), _pack_state(*states[-1], k)
+
+    return _each_sequence(run, k, v, weights64, initial_state, bounds, reverse, token_axis=1)
+
+
+def step_states(
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    bounds: list[int] | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The state every token sees, [B, 3, T, P, C], and the one after the last: one token after the other."""
+    w64 = w.double()
+
+    def run(k: Tensor, v: Tensor, _: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        k64, v64 = _per_perspective(k, len(w)), _per_perspective(v, len(w))
+        *states, last = _walk(w64, k64, v64, state)
+        if not states:
+            return last[0].new_empty(k.shape[0], 3, 0, *w.shape, dtype=_state_dtype(k)), _pack_state(*last, k)
+        return torch.stack([_pack_state(*s, k) for s in states], dim=2), _pack_state(*last, k)
+
+    return _each_sequence(run, k, v, None, initial_state, bounds, reverse, token_axis=2)
+
+
+def _walk(w: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None) -> list[_State]:
+    """The states before every token and after the last."""
+    if initial_state is None:
+        num = k.new_zeros(k.shape[0], *w.shape)
+        states = [(num, num, torch.full_like(num, EMPTY_EXP))]
+    else:
+        num, den, exp = initial_state.double().unbind(1)
+        states = [(num, den, exp)]
+    for kt, vt in zip(k.unbind(1), v.unbind(1), strict=True):
+        num, den, exp = states[-1]
+        top = torch.maximum(_exponent_of_mass(num, den, exp) + w, kt).detach()
+        past, now = _exp(exp + w - top), _exp(kt - top)
+        states.append((past * num + now * vt, past * den + now, top))
+    return states
+
+
+def _each_sequence(
+    run: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]],
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    initial_state: Tensor | None,
+    bounds: list[int] | None,
+    reverse: bool,
+    token_axis: int,
+) -> tuple[Tensor, Tensor]:
+    """`run` on every sequence alone, its first token being the first to process; results in the order of the tokens."""
+    if bounds is None:
+        pieces = [(slice(None), initial_state)]
+    else:
+        tokens = (slice(*ends) for ends in pairwise(bounds))
+        states = [None] * (len(bounds) - 1) if initial_state is None else initial_state.split(1)
+        pieces = list(zip(tokens, states, strict=True))
+
+    rows, finals = [], []
+    for here, state in pieces:
+
+        def cut(x: Tensor, here: slice = here) -> Tensor:
+            return x[:, here].flip(1) if reverse else x[:, here]
+
+        own_weights = cut(weights) if weights is not None and weights.ndim == 3 else weights
+        row, final = run(cut(k), cut(v), own_weights, state)
+        rows.append(row.flip(token_axis) if reverse else row)
+        finals.append(final)
+    return torch.cat(rows, dim=token_axis), torch.cat(finals)
 
 
 def direct_wkv(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, initial_state: Tensor | None
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    initial_state: Tensor | None,
+    bounds: list[int] | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Every output as one normalised sum over its whole past: logits [B, T + 1, T, P, C] in memory at once."""
-    w64, u64, k64, v64 = (x.double() for x in (w, u, _per_perspective(k), _per_perspective(v)))
-    num, den, exp = _unpack_state(initial_state, k64, w64)
-    T = k64.shape[1]
-    t = torch.arange(T + 1, device=k.device)  # row T is the state after the last token
-    lag = t[:, None] - 1 - t[None, :T]  # [T + 1, T]
-    decay = lag.clamp(min=0)[..., None, None] * w64
-    bonus = torch.where((lag == -1)[..., None, None], u64, decay)
-    logits = bonus[None] + k64[:, None]
-    seen = torch.where(lag == -1, t[:, None] < T, lag >= 0)[None, :, :, None, None]
-    logits = logits.masked_fill(~seen, float("-inf"))
+    """Every output as one normalised sum over its whole past: logits [B, T + N, T, P, C] in memory at once."""
+    T = k.shape[1]
+    num, den, exp = _sums(w.double(), u.double(), k, v, initial_state, bounds, reverse)
+    y = num[:, :T] / den[:, :T]
+    return aggregate(y, weights).to(v.dtype), _final(num, den, exp, k)
 
-    carried = exp[:, None] + t[:, None, None] * w64  # [B, T + 1, P, C]
-    top = _exponent_of_mass(num[:, None], den[:, None], carried)
-    if T:
-        top = torch.maximum(top, logits.detach().amax(2))
-    past, now = _exp(carried - top), _exp(logits - top[:, :, None])
-    nums = past * num[:, None] + (now * v64[:, None]).sum(2)
-    dens = past * den[:, None] + now.sum(2)
-    y = nums[:, :T] / dens[:, :T]
-    return aggregate(y, weights).to(v.dtype), _pack_state(nums[:, T], dens[:, T], top[:, T], k)
+
+def direct_states(
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    bounds: list[int] | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The state every token sees, [B, 3, T, P, C], each as one sum over its whole past, and the final state."""
+    T = k.shape[1]
+    num, den, exp = _sums(w.double(), None, k, v, initial_state, bounds, reverse)
+    return _pack_state(num[:, :T], den[:, :T], exp[:, :T], k), _final(num, den, exp, k)
+
+
+def _sums(
+    w: Tensor,
+    u: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    bounds: list[int] | None,
+    reverse: bool,
+) -> _State:
+    """num, den and their exponent [B, T + N, P, C]: what each of T tokens sees (itself too, with bonus u, unless that
+    is None), then the sums of all tokens of each of N sequences (one per row without `bounds`).
+    """
+    k, v = _per_perspective(k, len(w)), _per_perspective(v, len(w))
+    B, T = k.shape[:2]
+    ends = torch.tensor([0, T] if bounds is None else bounds, device=k.device)
+    N = len(ends) - 1
+    start, stop = ends[:-1], ends[1:]
+    t = torch.arange(T, device=k.device)
+    sequence = torch.repeat_interleave(torch.arange(N, device=k.device), stop - start)
+    row_sequence = torch.cat([sequence, torch.arange(N, device=k.device)])
+    # Where each row stands: a token at its place, final sums behind the last token; and how far from the initial state.
+    place = torch.cat([t, start - 1 if reverse else stop])
+    steps = (stop - 1)[row_sequence] - place if reverse else place - start[row_sequence]
+    lag = (t - place[:, None] if reverse else place[:, None] - t) - 1  # [T + N, T], -1 at the token itself
+    same = row_sequence[:, None] == sequence
+    own = same & (lag == -1) & (u is not None)
+    seen = (same & (lag >= 0)) | own
+    decay = lag.clamp(min=0)[..., None, None] * w
+    logits = (decay if u is None else torch.where(own[..., None, None], u, decay)) + k[:, None]
+    logits = logits.masked_fill(~seen[..., None, None], float("-inf"))
+
+    if initial_state is None:
+        num = den = k.new_zeros(B, N, *w.shape)
+        exp = torch.full_like(num, EMPTY_EXP)
+    else:
+        num, den, exp = initial_state.double().unflatten(0, (B, N)).unbind(2)
+    num, den, exp = (x[:, row_sequence] for x in (num, den, exp))  # [B, T + N, P, C]
+    exp = exp + steps[:, None, None] * w
+    mass = _exponent_of_mass(num, den, exp)
+    top = torch.cat([mass[:, :, None], logits.detach().expand(B, -1, -1, *w.shape)], dim=2).amax(2)
+    # With nothing to see, the initial state as it is.
+    top = torch.where(seen.any(1)[:, None, None], top, exp).detach()
+    past, now = _exp(exp - top), _exp(logits - top[:, :, None])
+    return past * num + (now * v[:, None]).sum(2), past * den + now.sum(2), top
+
+
+def _final(num: Tensor, den: Tensor, exp: Tensor, k: Tensor) -> Tensor:
+    num, den, exp = (x[:, k.shape[1] :].flatten(0, 1) for x in (num, den, exp))  # B = 1 or N = 1
+    return _pack_state(num, den, exp, k)
 
 
 def aggregate(y: Tensor, weights: Tensor | None) -> Tensor:
@@ -73,8 +213,11 @@ def aggregate(y: Tensor, weights: Tensor | None) -> Tensor:
     return torch.einsum("btpc,btp->btc", y, weights)
 
 
-def _per_perspective(x: Tensor) -> Tensor:
-    return x.unsqueeze(2) if x.ndim == 3 else x
+def _per_perspective(x: Tensor, P: int) -> Tensor:
+    """[B, T, P, C] in float64. Stacked, not broadcast: the gradient is then added up perspective by perspective, in an
+    order that depends neither on shapes nor on layouts."""
+    x = x.double()
+    return torch.stack([x] * P, dim=2) if x.ndim == 3 else x
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -87,20 +230,12 @@ def _exponent_of_mass(num: Tensor, den: Tensor, exp: Tensor) -> Tensor:
     return torch.where(empty, EMPTY_EXP, exp).detach()
 
 
-def _unpack_state(initial_state: Tensor | None, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if initial_state is None:
-        num = torch.zeros(k.shape[0], *w.shape, dtype=torch.float64, device=k.device)
-        return num, num, torch.full_like(num, EMPTY_EXP)
-    num, den, exp = initial_state.double().unbind(1)
-    return num, den, exp
+def _state_dtype(k: Tensor) -> torch.dtype:
+    return torch.float64 if k.dtype == torch.float64 else torch.float32
 
 
 def _pack_state(num: Tensor, den: Tensor, exp: Tensor, k: Tensor) -> Tensor:
-    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-    rounded = exp.to(dtype).double()  # what rounding takes from the exponent goes into the mantissas
+    dtype = _state_dtype(k)
+    rounded = exp.detach().to(dtype).double()  # what rounding takes from the exponent goes into the mantissas
     scale = torch.exp((exp - rounded).clamp(-1.0, 1.0))
     return torch.stack([num * scale, den * scale, rounded.expand_as(num)], dim=1).to(dtype)
-
-
-def _no_rows(k: Tensor, w: Tensor) -> Tensor:
-    return k.new_empty(k.shape[0], 0, *w.shape)

@@ -35,17 +35,26 @@ from trwkv.ops.wkv.torch_chunk_block import (
     unpack_state,
     weights_at,
 )
-from trwkv.ops.wkv.torch_chunk_exact import Adjoint, Step, walk, walk_back
+from trwkv.ops.wkv.torch_chunk_exact import Adjoint, Step, sum_in_order, walk, walk_back
 
 
-class _Gradients(NamedTuple):
-    """Where the gradients gather; w, u and weights (but [B, T, P]) in float64."""
+class Gradients(NamedTuple):
+    """Where the gradients gather; w, u and weights (but [B, T, P]) in float64, rounded once, when all is added."""
 
-    w: Tensor  # [P, C]
-    u: Tensor  # [P, C]
+    w: Tensor  # [P, C]; [1, P * C] for separate k and v
+    u: Tensor  # the same
     k: Tensor
     v: Tensor
     weights: Tensor | None  # [P, C] for [P] and [P, C], in the caller's layout; or [B, T, P]
+
+    def rounded(
+        self, w: Tensor, u: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """All of them, in the shapes and dtypes of the inputs."""
+        grad_weights = self.weights
+        if weights is not None:
+            grad_weights = (grad_weights.sum(1) if weights.ndim == 1 else grad_weights).to(weights.dtype)
+        return self.w.view_as(w).to(w.dtype), self.u.view_as(u).to(u.dtype), self.k, self.v, grad_weights
 
 
 class _Columns(NamedTuple):
@@ -83,50 +92,57 @@ def chunk_backward(
     checkpoint: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of w, u, k, v, weights and initial_state, each in its input's dtype, None where the input is None."""
+    grads = empty_gradients(w, k, v, weights)
+    grad_state = add_gradients(
+        grads, grad_output, grad_final_state, w, u, k, v, weights, initial_state, checkpoint
+    )
+    return (*grads.rounded(w, u, weights), grad_state)
+
+
+def empty_gradients(w: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -> Gradients:
+    zeros = w.new_zeros((1, w.numel()) if k.ndim == 4 else w.shape, dtype=torch.float64)
+    grad_weights = None
+    if weights is not None:
+        grad_weights = torch.zeros_like(zeros).view(w.shape)
+        if weights.ndim == 3:
+            narrow = torch.float64 if k.dtype == torch.float64 else torch.float32
+            grad_weights = weights.new_zeros(weights.shape, dtype=narrow)
+    return Gradients(zeros, zeros.clone(), k.new_empty(k.shape), v.new_empty(v.shape), grad_weights)
+
+
+def add_gradients(
+    grads: Gradients,
+    grad_output: Tensor,
+    grad_final_state: Tensor | None,
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    initial_state: Tensor | None,
+    checkpoint: Tensor,
+) -> Tensor | None:
+    """Adds to what is summed over tokens in `grads`, writes the rest; returns the gradient of initial_state."""
     p = set_up(w, u, k)
     exp, sums = unpack_state(p, initial_state, w)
     adjoint = torch.zeros_like(sums)
     if grad_final_state is not None:
         adjoint = p.inner(grad_final_state[:, :2].double().movedim(1, 0)).contiguous()
     unit = exp if initial_state is None else p.inner(initial_state[:, 2].double())
-    grads = _empty_gradients(p, k, v, weights)
     for bounds in reversed(list(block_ranges(p))):
         adjoint = _block_backward(p, grads, bounds, grad_output, k, v, weights, checkpoint, unit, adjoint)
-
-    grad_state = None
-    if initial_state is not None:
-        limit = torch.finfo(initial_state.dtype).max
-        adjoint = adjoint.clamp(
-            -limit, limit
-        )  # an empty state with a large exponent has a gradient beyond any range
-        grad_state = torch.cat([adjoint, (adjoint * sums).sum(0, keepdim=True).clamp(-limit, limit)])
-        grad_state = p.public(grad_state).movedim(0, 1).to(initial_state.dtype)
-    grad_weights = grads.weights
-    if weights is not None:
-        grad_weights = (grad_weights.sum(1) if weights.ndim == 1 else grad_weights).to(weights.dtype)
-    return (
-        grads.w.view_as(w).to(w.dtype),
-        grads.u.view_as(u).to(u.dtype),
-        grads.k,
-        grads.v,
-        grad_weights,
-        grad_state,
-    )
-
-
-def _empty_gradients(p: Problem, k: Tensor, v: Tensor, weights: Tensor | None) -> _Gradients:
-    zeros = p.w.new_zeros(p.w.shape[0], p.w.shape[2])
-    grad_weights = None
-    if weights is not None:
-        grad_weights = zeros.new_zeros(p.perspectives, zeros.numel() // p.perspectives)
-        if weights.ndim == 3:
-            grad_weights = weights.new_zeros(weights.shape, dtype=p.dtype)
-    return _Gradients(zeros, zeros.clone(), k.new_empty(k.shape), v.new_empty(v.shape), grad_weights)
+    if initial_state is None:
+        return None
+    limit = torch.finfo(initial_state.dtype).max
+    # An empty state with a large exponent has a gradient beyond any range.
+    adjoint = adjoint.clamp(-limit, limit)
+    grad_state = torch.cat([adjoint, (adjoint * sums).sum(0, keepdim=True).clamp(-limit, limit)])
+    return p.public(grad_state).movedim(0, 1).to(initial_state.dtype)
 
 
 def _block_backward(
     p: Problem,
-    grads: _Gradients,
+    grads: Gradients,
     bounds: tuple[int, int, int],
     grad_output: Tensor,
     k: Tensor,
@@ -139,7 +155,8 @@ def _block_backward(
     """One block: adjoint [2, P, B, C] of the state after it -> that of the state before it."""
     block = load(p, k, v, *bounds)
     number = block.start // CHUNK
-    boundaries = checkpoint[number : number + block.chunks + 1].double()  # [N + 1, 3, P, B, C]
+    boundaries = checkpoint[number : number + block.chunks + 1]
+    boundaries = boundaries.to(torch.float64, copy=True)  # [N + 1, 3, P, B, C], changed below
     exps, sums = boundaries[:, 2], boundaries[:-1, :2]
     block, state = carried_in(p, block, exps[:-1], sums)
     cols = None
@@ -228,7 +245,7 @@ def _scan_back(local: Tensor, keep: Tensor, adjoint: Tensor) -> Tensor:
 
 def _replay(
     p: Problem,
-    grads: _Gradients,
+    grads: Gradients,
     block: Block,
     state: Tensor,
     grad_output: Tensor,
@@ -284,7 +301,7 @@ def _grad_y(
 
 
 def _grad_weights(
-    p: Problem, grads: _Gradients, block: Block, grad_output: Tensor, y: Tensor, j: int, outer: Tensor | None
+    p: Problem, grads: Gradients, block: Block, grad_output: Tensor, y: Tensor, j: int, outer: Tensor | None
 ) -> None:
     here = block.view(grad_output)[j].to(p.dtype)
     if outer is None:
@@ -295,7 +312,7 @@ def _grad_weights(
 
 def _write_gradients(
     p: Problem,
-    grads: _Gradients,
+    grads: Gradients,
     block: Block,
     v: Tensor,
     replay: _Replay,
@@ -312,7 +329,7 @@ def _write_gradients(
         source, exps, v_here = replay.sources[j], block.terms[1, j], v_view[j].to(p.dtype)
         outer_w.addcmul_(replay.sums[j], adjoint)
         torch.addcmul(adjoint, p.bonus, source, out=both)
-        towards_v, towards_k = (both[:, 0] if p.decay.shape[0] == 1 else both.sum(1)).unbind(0)
+        towards_v, towards_k = sum_in_order(both.unbind(1)).unbind(0)
         torch.addcmul(source[1], source[0], v_here, out=current)
         outer_u.addcmul_(current, exps)
         if j:

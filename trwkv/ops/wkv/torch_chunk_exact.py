@@ -83,8 +83,9 @@ def walk_back(
         current = q * (vt - s.y)
         grad_u += torch.where(here, s.now * current, 0)
         grad_w += torch.where(here, s.keep * (adjoint[0] * s.num + adjoint[1] * s.den), 0)
-        grads_v.append((s.add * adjoint[0] + s.now * q).sum(0))
-        grads_k.append((s.add * (vt * adjoint[0] + adjoint[1]) + s.now * current).sum(0))
+        grads_v.append(sum_in_order((s.add * adjoint[0] + s.now * q).unbind(0)))
+        by_k = s.add * (vt * adjoint[0] + adjoint[1]) + s.now * current
+        grads_k.append(sum_in_order(by_k.unbind(0)))
         out = torch.stack([q, -q * s.y])
         if t:
             exp = torch.where(first == t, base, steps[t - 1].exp)
@@ -100,6 +101,19 @@ def walk_back(
     return Adjoint(
         torch.stack(grads_k[::-1]), torch.stack(grads_v[::-1]), grad_w, grad_u, before_first, carried
     )
+
+
+def sum_in_order(terms: tuple[Tensor, ...]) -> Tensor:
+    """From first to last, where the order `Tensor.sum` takes depends on the shape: neighbours would have a say.
+
+    A single term is returned as it is, not copied.
+    """
+    if len(terms) == 1:
+        return terms[0]
+    total = terms[0] + terms[1]
+    for term in terms[2:]:
+        total += term
+    return total
 
 
 def _exp(x: Tensor) -> Tensor:
