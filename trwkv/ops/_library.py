@@ -6,24 +6,31 @@ from typing import Any
 import torch
 
 
-def differentiable(name: str, setup_context: Callable, backward: Callable) -> Callable:
-    """Gives `trwkv::name` its autograd formula and a batching rule, and returns the function to call it with.
+def differentiable(name: str, keep: Callable, formula: Callable) -> Callable:
+    """Gives `trwkv::name` its gradient and a batching rule, and returns the function to call it with.
+
+    `keep(ctx, inputs, output)` saves what `formula(ctx, *grads)` needs.
 
     `torch.library.register_autograd` serves the compiler and export, but costs 30 us a call (T = 1 takes 100) and
     cannot be transformed by `torch.func`. Therefore eager calls go through an `autograd.Function` of the old, fast
     kind, and those under `torch.func` through one of the new kind. All three share the formula.
     """
     op = getattr(torch.ops.trwkv, name)
-    torch.library.register_autograd(f"trwkv::{name}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"trwkv::{name}", formula, setup_context=keep)
     torch.library.register_vmap(f"trwkv::{name}", _slice_by_slice(op))
+
+    def below_autograd(*args: Any) -> Any:  # what is registered there would only find that there is nothing to do
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = op(*args)
-            setup_context(ctx, args, outputs)
+            outputs = below_autograd(*args)
+            keep(ctx, args, outputs)
             return outputs
+
+        backward = staticmethod(formula)
 
     class Transformed(torch.autograd.Function):
         generate_vmap_rule = True
@@ -32,9 +39,9 @@ def differentiable(name: str, setup_context: Callable, backward: Callable) -> Ca
         def forward(*args):
             return op(*args)
 
-    Eager.backward = staticmethod(backward)
-    Transformed.backward = staticmethod(backward)
-    Transformed.setup_context = staticmethod(setup_context)
+        setup_context = staticmethod(keep)
+        backward = staticmethod(formula)
+
     Eager.__name__ = Transformed.__name__ = name
 
     def call(*args: Any) -> Any:
@@ -42,7 +49,7 @@ def differentiable(name: str, setup_context: Callable, backward: Callable) -> Ca
             return op(*args)
         if torch._C._are_functorch_transforms_active():
             return Transformed.apply(*args)
-        return Eager.apply(*args) if is_gradient_needed(*args) else op(*args)
+        return Eager.apply(*args) if is_gradient_needed(*args) else below_autograd(*args)
 
     return call
 

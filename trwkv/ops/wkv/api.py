@@ -185,7 +185,7 @@ def wkv_states(
 
         left = wkv_states(w, k, v).states
         right = wkv_states(w, k, v, reverse=True).states
-        k, v = k.unsqueeze(2), v.unsqueeze(2)                          # [B, T, 1, C]; here P = 1
+        k, v = (x.unsqueeze(2).expand(-1, -1, P, -1) for x in (k, v))  # [B, T, P, C]
         own = torch.stack([v, torch.ones_like(v), u + k], dim=1)
         num, den, _ = merge_wkv_states(left, right, own).unbind(1)
         y = num / den                                                  # [B, T, P, C]

@@ -170,7 +170,7 @@ def chunk_backward(
         _launch_forward(call, y, "y", save=False)
         grad_weights, grad_output = aggregate_backward(grad_output, y.view(v.shape), weights)
     if grad_final_state is not None:
-        grad_final_state = by_channel(grad_final_state, w.shape) if k.ndim == 4 else grad_final_state
+        grad_final_state = by_channel(grad_final_state) if k.ndim == 4 else grad_final_state
         grad_final_state = grad_final_state.float().contiguous()
     grads = _launch_backward(call, grad_output.contiguous(), grad_final_state, checkpoint)
     grad_w, grad_u, grad_channel_weights = (g.reshape(w.shape) for g in grads.vectors.unbind(0))

@@ -61,7 +61,7 @@ def kernel_layout(
         output_dtype = v.dtype if weights is None else torch.float32
         w, u = w.reshape(1, P * C), u.reshape(1, P * C)
         k, v = k.reshape(B, T, P * C), v.reshape(B, T, P * C)
-        initial_state = by_channel(initial_state, (P, C))
+        initial_state = by_channel(initial_state)
         weights, P, C = None, 1, P * C
     kind = "none"
     if weights is not None:
@@ -77,12 +77,9 @@ def kernel_layout(
     )  # fmt: skip
 
 
-def by_channel(state: Tensor | None, shape: tuple[int, int], *, back: bool = False) -> Tensor | None:
-    """A state [B, 3, P, C] as [B, 3, 1, P * C], or back; the same memory."""
-    if state is None:
-        return None
-    P, C = shape
-    return state.reshape(state.shape[0], 3, P, C) if back else state.reshape(state.shape[0], 3, 1, P * C)
+def by_channel(state: Tensor | None) -> Tensor | None:
+    """A state [N, 3, P, C] as [N, 3, 1, P * C], the same memory."""
+    return None if state is None else state.flatten(2).unsqueeze(2)
 
 
 def state_without_tokens(call: KernelCall) -> Tensor:
@@ -100,7 +97,7 @@ def finish_state(final_state: Tensor, shape: tuple[int, int], call: KernelCall) 
     empty = call.empty_sequences()
     if empty is not None:
         final_state = torch.where(empty, state_without_tokens(call), final_state)
-    return by_channel(final_state, shape, back=True)
+    return final_state.reshape(-1, 3, *shape)
 
 
 def finish_output(output: Tensor, weights: Tensor | None, v: Tensor, call: KernelCall) -> Tensor:

@@ -44,8 +44,8 @@ def merge_states(states: tuple[Tensor, ...]) -> Tensor:
     size = torch.where(den == 0, num, den).detach().abs()
     mass = torch.where(size > 0, exp.detach() + size.clamp(min=torch.finfo(exp.dtype).tiny).log(), EMPTY_EXP)
     top = mass.amax(0)
-    limit = 80.0 if exp.dtype == torch.float32 else 700.0
-    scale = torch.exp((exp - top).clamp(max=limit))  # cuts off nothing but what multiplies zeros
+    limit = 88.0 if exp.dtype == torch.float32 else 709.0  # a larger factor can only belong to an empty state
+    scale = torch.exp((exp.double() - top.double()).clamp(max=limit)).to(exp.dtype)
     return torch.stack([(num * scale).sum(0), (den * scale).sum(0), top], dim=1)
 
 
