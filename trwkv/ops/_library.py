@@ -19,7 +19,9 @@ def differentiable(name: str, keep: Callable, formula: Callable) -> Callable:
     torch.library.register_autograd(f"trwkv::{name}", formula, setup_context=keep)
     torch.library.register_vmap(f"trwkv::{name}", _slice_by_slice(op))
 
-    def below_autograd(*args: Any) -> Any:  # what is registered there would only find that there is nothing to do
+    def below_autograd(
+        *args: Any,
+    ) -> Any:  # what is registered there would only find that there is nothing to do
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

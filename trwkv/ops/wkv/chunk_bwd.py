@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from trwkv.ops.wkv.chunk_bwd_tiles import walk_tile_back
-from trwkv.ops.wkv.chunk_fwd import walk_tile
+from trwkv.ops.wkv.chunk_fwd import load_tile, walk_tile
 from trwkv.ops.wkv.kernel_math import (
     load_row,
     load_triple,
@@ -139,17 +139,19 @@ def wkv_chunk_bwd_kernel(
         for i in range(n_tiles):
             store_triple(p_scratch + i * (3 * P * BLOCK_C), lane, A, B, A_exponent, BLOCK_C, P, BLOCK_C)
             if i + 1 < n_tiles:
+                t0 = segment + i * BLOCK_T
+                tile = load_tile(k, v, row0, t0, stop, c, C, BLOCK_C, BLOCK_T, STEP)
                 A, B, A_exponent = walk_tile(
-                    A, B, A_exponent, vectors, k, v, weights, grad_k, 0, row0, segment + i * BLOCK_T, stop, c,
+                    A, B, A_exponent, vectors, tile, k, v, weights, grad_k, 0, row0, t0, stop, c,
                     C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, "none", APPROX,
                 )  # fmt: skip
         tl.debug_barrier()  # the scratch rows are read back by other lanes if the compiler lays them out otherwise
         for i in range(n_tiles):
-            tile = n_tiles - 1 - i
-            A, B, A_exponent = load_triple(p_scratch + tile * (3 * P * BLOCK_C), lane, BLOCK_C, P, BLOCK_C)
+            at = n_tiles - 1 - i
+            A, B, A_exponent = load_triple(p_scratch + at * (3 * P * BLOCK_C), lane, BLOCK_C, P, BLOCK_C)
             a, b, O, dw, du, dweights = walk_tile_back(
                 a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
-                grad_k, grad_v, grad_weights, row0, segment + tile * BLOCK_T, stop, c,
+                grad_k, grad_v, grad_weights, row0, segment + at * BLOCK_T, stop, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
             )  # fmt: skip
         tl.debug_barrier()

@@ -6,11 +6,12 @@ As in the forward there is a fast path, in one exponent, and an exact one for an
 import triton
 import triton.language as tl
 
-from trwkv.ops.wkv.chunk_fwd import load_weights, tile_stabiliser
+from trwkv.ops.wkv.chunk_fwd import load_tile, load_weights, tile_stabiliser
 from trwkv.ops.wkv.kernel_math import (
     EMPTY,
     exact_output,
     exact_update,
+    exp_near,
     load_row,
     pow2,
     reciprocal,
@@ -74,6 +75,7 @@ def fast_tile_bwd(
     a_row = ()
     b_row = ()
     dw_tile = ()
+    du_tile = ()
     for p in tl.static_range(P):
         W += (decay[p] * pow2(decay_exponent[p]),)
         first += (defect[p] * pow2(decay_exponent[p]),)
@@ -83,12 +85,12 @@ def fast_tile_bwd(
         a_row += (a[p] * pow2(top - O[p]),)
         b_row += (b[p] * pow2(top - O[p]),)
         dw_tile += (tl.zeros([BLOCK_C], tl.float32),)
+        du_tile += (tl.zeros([BLOCK_C], tl.float32),)
     a = a_row
     b = b_row
     e_rows = ()
     for j in tl.static_range(BLOCK_T):
-        mantissa, exponent = split_k(k_rows[j].to(tl.float32))
-        e_rows += (mantissa * pow2(exponent - top),)
+        e_rows += (exp_near(k_rows[j].to(tl.float32), top),)
         if j + 1 < BLOCK_T:
             ev = e_rows[j] * v_rows[j].to(tl.float32)
             for p in tl.static_range(P):
@@ -101,6 +103,7 @@ def fast_tile_bwd(
     for j in tl.static_range(BLOCK_T - 1, -1, -1):
         e = e_rows[j]
         j_v = v_rows[j].to(tl.float32)
+        ev = e * j_v
         grad_y, g = load_grad_y(grad_output, weights, row + j * STEP, c, C, P, BLOCK_C, WEIGHTS)
         from_num = tl.zeros([BLOCK_C], tl.float32)
         from_den = tl.zeros([BLOCK_C], tl.float32)
@@ -113,15 +116,14 @@ def fast_tile_bwd(
         for p in tl.static_range(P):
             j_A = A_rows[j * P + p]
             j_B = B_rows[j * P + p]
-            now = U[p] * e
-            inverse = reciprocal(j_B + now, APPROX)
-            y += (tl.fma(now, j_v, j_A) * inverse,)
+            inverse = reciprocal(tl.fma(U[p], e, j_B), APPROX)
+            y += (tl.fma(U[p], ev, j_A) * inverse,)
             grad_num = grad_y[p] * inverse
             grad_den = -grad_num * y[p]
             if GRADS:
                 from_num += tl.fma(U[p], grad_num, a[p])
                 from_den += tl.fma(U[p], grad_den, b[p])
-                du_next += (tl.fma(now, tl.fma(j_v, grad_num, grad_den), du[p]),)
+                du_next += (tl.fma(ev, grad_num, tl.fma(e, grad_den, du_tile[p])),)
                 dw_next += (tl.fma(a[p], j_A, tl.fma(b[p], j_B, dw_tile[p])),)
                 dweights_next += (tl.fma(g, y[p], dweights[p]),)
             if j == 0:
@@ -133,7 +135,7 @@ def fast_tile_bwd(
         a = a_next
         b = b_next
         if GRADS:
-            du = du_next
+            du_tile = du_next
             dw_tile = dw_next
             dweights = dweights_next
             store_token_grads(
@@ -155,10 +157,12 @@ def fast_tile_bwd(
             )
     O_begin = ()
     dw_next = ()
+    du_next = ()
     for p in tl.static_range(P):
         O_begin += (top,)
         dw_next += (tl.fma(W[p], dw_tile[p], dw[p]),)
-    return a, b, O_begin, dw_next, du, dweights
+        du_next += (tl.fma(U[p], du_tile[p], du[p]),)
+    return a, b, O_begin, dw_next, du_next, dweights
 
 
 @triton.jit
@@ -265,14 +269,8 @@ def walk_tile_back(
 ):  # fmt: skip
     """Adjoint before token t0 from that after the tile, whose first state is (A, B, A_exponent)."""
     row = row0 + t0 * STEP
-    k_rows = ()
-    v_rows = ()
     is_full = t0 + BLOCK_T <= end
-    last = end - 1 - t0
-    for j in tl.static_range(BLOCK_T):
-        j_row = row + tl.minimum(j, last) * STEP
-        k_rows += (load_row(k + j_row * C, c, C, BLOCK_C, 0.0),)
-        v_rows += (load_row(v + j_row * C, c, C, BLOCK_C, 0.0),)
+    k_rows, v_rows = load_tile(k, v, row0, t0, end, c, C, BLOCK_C, BLOCK_T, STEP)
     top, is_safe = tile_stabiliser(k_rows, A_exponent, vectors, P, BLOCK_T)
     if is_safe & is_full:
         a, b, O, dw, du, dweights = fast_tile_bwd(

@@ -12,9 +12,11 @@ import triton.language as tl
 
 from trwkv.ops.wkv.kernel_math import (
     SAFE_BITS,
+    SAFE_TOP,
     empty_state,
     exact_output,
     exact_update,
+    exp_near,
     load_row,
     load_triple,
     load_user_state,
@@ -89,7 +91,7 @@ def tile_stabiliser(k_rows, O, vectors, P: tl.constexpr, BLOCK_T: tl.constexpr):
     for p in tl.static_range(P):
         top = tl.maximum(top, O[p])
     _, decay_exponent, _, _, bonus_exponent = vectors
-    safe = top == top
+    safe = tl.abs(top) <= SAFE_TOP
     for p in tl.static_range(P):
         tokens = bottom - top + tl.minimum(bonus_exponent[p], 0.0) >= -SAFE_BITS
         lowest = O[p] - top + BLOCK_T * (decay_exponent[p] - 1.0) - 2.0
@@ -141,7 +143,12 @@ def wkv_chunk_fwd_kernel(
     row0 = first_row(first, length, REVERSE)
     begin = i_n * chunk_len
     end = tl.minimum(begin + chunk_len, length)
-    is_last = (begin < length) & (end == length)
+    if VARLEN:
+        if begin >= length:  # of an empty sequence, or no chunk at all
+            return
+    if OUTPUT == "none":
+        if end == length:  # what the last chunk adds to the state nobody needs
+            return
     slot0 = first_slot(i_s, first, chunk_len // slots_per_chunk, slots, VARLEN, 2 if SAVE else 1)
     p_slot = states + (slot0 + i_n * slots_per_chunk) * (3 * P * C)
 
@@ -149,13 +156,12 @@ def wkv_chunk_fwd_kernel(
     A, B, O = empty_state(P, BLOCK_C)
     if OUTPUT != "none":
         if not SINGLE:
-            if begin < length:
-                A, B, O = load_triple(p_slot, c, C, P, BLOCK_C)
+            A, B, O = load_triple(p_slot, c, C, P, BLOCK_C)
         elif HAS_INITIAL:
             A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
-    elif end == length:  # what the last chunk adds to the state nobody needs
-        end = begin
 
+    if OUTPUT != "states":
+        tile = load_tile(k, v, row0, begin, end, c, C, BLOCK_C, BLOCK_T, STEP)
     for t0 in range(begin, end, BLOCK_T):
         if SAVE and OUTPUT != "none":
             if t0 % SEGMENT == 0:
@@ -166,15 +172,16 @@ def wkv_chunk_fwd_kernel(
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
             )  # fmt: skip
         else:
+            next_tile = load_tile(k, v, row0, t0 + BLOCK_T, end, c, C, BLOCK_C, BLOCK_T, STEP)
             A, B, O = walk_tile(
-                A, B, O, vectors, k, v, weights, output, plane, row0, t0, end, c,
+                A, B, O, vectors, tile, k, v, weights, output, plane, row0, t0, end, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
             )  # fmt: skip
+            tile = next_tile
 
     if OUTPUT == "none":
-        if begin + chunk_len < length:
-            store_triple(p_slot + slots_per_chunk * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
-    elif is_last:
+        store_triple(p_slot + slots_per_chunk * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
+    elif end == length:
         store_user_state(final_state + i_s * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
         if SAVE:
             p_last = states + (slot0 + (length + SEGMENT - 1) // SEGMENT) * (3 * P * C)
@@ -182,21 +189,33 @@ def wkv_chunk_fwd_kernel(
 
 
 @triton.jit
+def load_tile(
+    k, v, row0, t0, end, c,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """k and v of tokens t0 .. t0 + BLOCK_T - 1; undefined, but never used, unless all of them lie before `end`."""
+    row = row0 + t0 * STEP
+    is_there = (c < C) & (
+        t0 + BLOCK_T <= end
+    )  # one predicate for all: a row's address is then a constant away
+    k_rows = ()
+    v_rows = ()
+    for j in tl.static_range(BLOCK_T):
+        k_rows += (tl.load(k + (row + j * STEP) * C + c, mask=is_there),)
+        v_rows += (tl.load(v + (row + j * STEP) * C + c, mask=is_there),)
+    return k_rows, v_rows
+
+
+@triton.jit
 def walk_tile(
-    A, B, O, vectors, k, v, weights, output, plane, row0, t0, end, c,
+    A, B, O, vectors, tile, k, v, weights, output, plane, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
-    """The state after tokens t0 .. min(t0 + BLOCK_T, end) - 1, and their outputs."""
+    """The state after tokens t0 .. min(t0 + BLOCK_T, end) - 1, whose k and v are `tile`, and their outputs."""
     row = row0 + t0 * STEP
-    k_rows = ()
-    v_rows = ()
     is_full = t0 + BLOCK_T <= end
-    last = end - 1 - t0
-    for j in tl.static_range(BLOCK_T):  # rows beyond the end repeat the last one and are not used
-        j_row = row + tl.minimum(j, last) * STEP
-        k_rows += (load_row(k + j_row * C, c, C, BLOCK_C, 0.0),)
-        v_rows += (load_row(v + j_row * C, c, C, BLOCK_C, 0.0),)
+    k_rows, v_rows = tile
     top, is_safe = tile_stabiliser(k_rows, O, vectors, P, BLOCK_T)
     if is_safe & is_full:
         A, B, O = fast_tile(
@@ -231,8 +250,7 @@ def fast_tile(
     A = A_row
     B = B_row
     for j in tl.static_range(BLOCK_T):
-        mantissa, exponent = split_k(k_rows[j].to(tl.float32))
-        e = mantissa * pow2(exponent - top)
+        e = exp_near(k_rows[j].to(tl.float32), top)
         j_v = v_rows[j].to(tl.float32)
         ev = e * j_v
         y = ()
@@ -240,8 +258,7 @@ def fast_tile(
         B_next = ()
         for p in tl.static_range(P):
             if OUTPUT == "y":
-                now = U[p] * e
-                y += (tl.fma(now, j_v, A[p]) * reciprocal(B[p] + now, APPROX),)
+                y += (tl.fma(U[p], ev, A[p]) * reciprocal(tl.fma(U[p], e, B[p]), APPROX),)
             if j == 0:
                 first = defect[p] * pow2(decay_exponent[p])
                 A_next += (tl.fma(A[p], W[p], tl.fma(A[p], first, ev)),)

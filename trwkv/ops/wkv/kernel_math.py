@@ -10,30 +10,56 @@ P perspectives are tuples of P tensors [BLOCK_C], unrolled at compile time.
 import triton
 import triton.language as tl
 
+from trwkv.ops._dispatch import is_interpreting
+from trwkv.ops._interpreter import fuse_interpreted_multiply_add
+
+if is_interpreting():
+    fuse_interpreted_multiply_add()
+
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_LO = tl.constexpr(1.9259629911266175e-08)  # what float32 leaves of it
 LN2 = tl.constexpr(0.6931471805599453)
-LN2_HI = tl.constexpr(0.69317626953125)  # LN2 in 14 bits: n * LN2_HI is exact for |n| <= 1024, fused or not
-LN2_LO = tl.constexpr(-2.9088971132296138e-05)  # and what that leaves
 EMPTY = tl.constexpr(-1073741824.0)  # -2^30: below any reachable exponent, and additions to it stay harmless
 EMPTY_EXP = tl.constexpr(-1e38)  # exponent of an empty state as the user sees it
 K_LIMIT = tl.constexpr(8388608.0)  # 2^23: beyond it float32 exponents would stop being exact integers
 SAFE_BITS = tl.constexpr(60.0)  # how far below the stabiliser a tile may reach on the fast path
+SAFE_TOP = tl.constexpr(1048576.0)  # 2^20: how far from 0 the stabiliser may be on the fast path
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: x + MAGIC is x rounded to an integer, held in the lowest bits
 
 
 @triton.jit
 def pow2(n):
-    """2^n exactly for integer-valued float32 n <= 127; 0 below -126."""
-    bits = tl.minimum(tl.maximum(n, -127.0), 127.0).to(tl.int32) + 127
-    return (bits << 23).to(tl.float32, bitcast=True)
+    """2^n exactly for integer-valued float32 n, taken for 127 above; 0 below -126."""
+    biased = tl.minimum(tl.maximum(n, -127.0), 127.0) + (
+        MAGIC + 127.0
+    )  # no conversion: it is as slow as exp2
+    return (biased.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mantissa_of(k, exponent):
+    """exp(k) / 2^exponent, exponent the integer next to k log2(e)."""
+    return tl.exp2(tl.fma(k, LOG2E_LO, tl.fma(k, LOG2E, -exponent)))
+
+
+@triton.jit
+def exp_near(k, top):
+    """exp(k) / 2^top, with the bits of `split_k`, for k up to SAFE_TOP; 0 where it is below 2^-126."""
+    k = tl.maximum(k, -2.0 * SAFE_TOP, propagate_nan=tl.PropagateNan.ALL)
+    rounded = tl.fma(k, LOG2E, MAGIC)
+    mantissa = mantissa_of(k, rounded - MAGIC)
+    biased = rounded.to(tl.int32, bitcast=True) - ((top + MAGIC).to(tl.int32, bitcast=True) - 127)
+    return mantissa * (tl.maximum(biased, 0) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def split_k(k):
-    """exp(k) = mantissa * 2^exponent, mantissa in about [0.5, 1], exponent an integer."""
-    k = tl.minimum(tl.maximum(k, -K_LIMIT), K_LIMIT)
-    exponent = tl.ceil(k * LOG2E)
-    rest = tl.fma(exponent, -LN2_LO, tl.fma(exponent, -LN2_HI, k))
-    return tl.exp2(rest * LOG2E), exponent
+    """exp(k) = mantissa * 2^exponent, mantissa in about [0.7, 1.42], exponent an integer. NaN stays NaN."""
+    k = tl.maximum(k, -K_LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    k = tl.minimum(k, K_LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    near = tl.fma(k, LOG2E, MAGIC) - MAGIC
+    exponent = tl.where(tl.abs(k) <= 2.0 * SAFE_TOP, near, tl.ceil(k * LOG2E))
+    return mantissa_of(k, exponent), exponent
 
 
 @triton.jit
@@ -190,8 +216,8 @@ def exact_output(A, B, O, bonus, bonus_exponent, e, k_exponent, v):
     token_exponent = k_exponent + bonus_exponent
     top = tl.maximum(O, token_exponent)
     past = pow2(O - top)
-    now = (bonus * e) * pow2(token_exponent - top)
-    return tl.fma(now, v, A * past), B * past + now, top
+    now = bonus * pow2(token_exponent - top)
+    return tl.fma(now, e * v, A * past), tl.fma(now, e, B * past), top
 
 
 @triton.jit

@@ -86,7 +86,12 @@ def set_up(w: Tensor, u: Tensor, k: Tensor) -> Problem:
 
 
 def block_ranges(p: Problem) -> Iterator[tuple[int, int, int]]:
-    """(first token, chunks, tokens per chunk) of every block, in order; a last, shorter chunk is its own block."""
+    """(first token, chunks, tokens per chunk) of every block, in order; a last, shorter chunk is its own block.
+
+    None without a batch row: there is no largest element of nothing.
+    """
+    if p.batch == 0:
+        return
     whole = p.tokens // CHUNK
     step = max(1, BLOCK_ELEMENTS // (max(1, p.batch) * p.decay.numel()))
     for first in range(0, whole, step):
