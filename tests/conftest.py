@@ -1,20 +1,45 @@
-"""Set before any kernel is imported: without a GPU, Triton's kernels run in its interpreter."""
+"""Set before any kernel is imported: without a GPU, Triton's kernels run in its interpreter.
 
-import importlib.util
+At the end of a run: how many cases were drawn for each contract and implementation.
+"""
+
 import os
+from collections import Counter
+from typing import Any
 
+import pytest
 import torch
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
+from trwkv.testing import COUNTS, interpret_without_gpu
+
+interpret_without_gpu()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-if not HAS_GPU and importlib.util.find_spec("triton"):
-    from trwkv.testing import fuse_interpreted_multiply_add
+_from_workers: Counter[tuple[str, str]] = Counter()
 
-    fuse_interpreted_multiply_add()
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)  # there is one in the workers of pytest-xdist
+    if output is not None:
+        output["contract_cases"] = [(*key, count) for key, count in COUNTS.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for contract, implementation, count in getattr(node, "workeroutput", {}).get("contract_cases", ()):
+        _from_workers[contract, implementation] += count
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    counts = COUNTS + _from_workers
+    if not counts:
+        return
+    terminalreporter.section("cases by contract and implementation")
+    for contract in dict.fromkeys(name for name, _ in counts):
+        row = (f"{key} {count}" for (name, key), count in sorted(counts.items()) if name == contract)
+        terminalreporter.write_line(f"{contract}: {', '.join(row)}")
+    terminalreporter.write_line(f"in all: {sum(counts.values())}")

@@ -1,111 +1,113 @@
-"""Bad input: an exception that names the argument, what was expected and what came."""
-
-from collections.abc import Callable
+"""Bad input: an exception that names the argument, what was expected and what came, before anything is computed."""
 
 import pytest
 import torch
 
-from tests.contracts.implementations import GPU, TRITON_CHUNK, TRITON_RECURRENT, Implementation
-from trwkv.ops import chunk_wkv, multi_perspective_wkv, recurrent_wkv, reference_wkv
-from trwkv.testing import wkv_case
+from tests.contracts.support import everywhere
+from trwkv.ops import merge_wkv_states, multi_perspective_wkv
+from trwkv.testing import HAS_GPU, Implementation
+from trwkv.testing.errors import WrongCall, right_call, wrong, wrong_calls
 
-B, T, P, C = 2, 5, 3, 4
+
+@everywhere()
+def test_wrong_calls(implementation: Implementation) -> None:
+    """The same table for every op, made from its arguments."""
+    rows = list(wrong_calls(implementation))
+    assert len(rows) >= 40
+    for row in rows:
+        arguments = right_call(implementation.op) | row.change
+        if implementation.backend is not None:
+            arguments.setdefault("backend", implementation.backend)
+        wrong(lambda arguments=arguments: implementation.function(**arguments), row)
+
+
+P, C = 3, 4
 
 
 def arguments() -> dict:
-    return {"w": -torch.rand(P, C), "u": torch.rand(P, C), "k": torch.rand(B, T, C), "v": torch.rand(B, T, C)}
+    return {"w": -torch.rand(P, C), "u": torch.rand(P, C), "k": torch.rand(2, 5, C), "v": torch.rand(2, 5, C)}
 
 
 def single() -> dict:
     return arguments() | {"w": -torch.rand(C), "u": torch.rand(C)}
 
 
-half, double, whole = torch.float16, torch.float64, torch.int64
-WRONG: list[tuple[str, Callable[[], dict], type[Exception], tuple[str, ...]]] = [
-    ("w a list", lambda: {"w": [1.0]}, TypeError, ("w:", "tensor", "list")),
-    ("u None", lambda: {"u": None}, TypeError, ("u:", "tensor", "NoneType")),
-    ("k a float", lambda: {"k": 1.0}, TypeError, ("k:", "tensor", "float")),
-    ("v a string", lambda: {"v": "v"}, TypeError, ("v:", "tensor", "str")),
-    ("w of integers", lambda: {"w": torch.ones(P, C, dtype=whole)}, TypeError, ("w:", "float32", "int64")),
-    ("u of integers", lambda: {"u": torch.ones(P, C, dtype=whole)}, TypeError, ("u:", "float32", "int64")),
-    ("k of integers", lambda: {"k": torch.ones(B, T, C, dtype=whole)}, TypeError, ("k:", "int64")),
-    ("v of booleans", lambda: {"v": torch.ones(B, T, C, dtype=torch.bool)}, TypeError, ("v:", "bool")),
-    ("k complex", lambda: {"k": torch.ones(B, T, C, dtype=torch.complex64)}, TypeError, ("k:", "complex64")),
-    ("only k float64", lambda: {"k": torch.ones(B, T, C, dtype=double)}, TypeError, ("k, v:", "float64")),
-    ("only v float64", lambda: {"v": torch.ones(B, T, C, dtype=double)}, TypeError, ("k, v:", "float64")),
-    ("w of three axes", lambda: {"w": torch.ones(1, P, C)}, ValueError, ("w:", "[P, C]", "[1, 3, 4]")),
-    ("w a scalar", lambda: {"w": torch.ones(())}, ValueError, ("w:", "[]")),
-    ("w without perspectives", lambda: {"w": torch.ones(0, C)}, ValueError, ("w:", "[0, 4]")),
-    ("u of another P", lambda: {"u": torch.ones(P + 1, C)}, ValueError, ("u:", "[3, 4]", "[4, 4]")),
-    ("u of another C", lambda: {"u": torch.ones(P, C + 1)}, ValueError, ("u:", "[3, 5]")),
-    ("u of [C]", lambda: {"u": torch.ones(C)}, ValueError, ("u:", "[P, C]", "[4]")),
-    ("k of two axes", lambda: {"k": torch.ones(T, C)}, ValueError, ("k:", "[B, T, C]", "[5, 4]")),
-    ("k of five axes", lambda: {"k": torch.ones(1, 1, 1, 1, C)}, ValueError, ("k:", "[B, T, P, C]")),
-    ("k of another C", lambda: {"k": torch.ones(B, T, C + 1)}, ValueError, ("k:", "[2, 5, 4]", "[2, 5, 5]")),
-    ("k of another P", lambda: {"k": torch.ones(B, T, P + 1, C)}, ValueError, ("k:", "[2, 5, 3, 4]")),
-    ("v of another T", lambda: {"v": torch.ones(B, T + 1, C)}, ValueError, ("v:", "[2, 5, 4]", "[2, 6, 4]")),
-    ("v of another B", lambda: {"v": torch.ones(B + 1, T, C)}, ValueError, ("v:", "[3, 5, 4]")),
-    ("v per perspective, k shared", lambda: {"v": torch.ones(B, T, P, C)}, ValueError, ("v:", "k")),
-    ("weights a list", lambda: {"weights": [1.0]}, TypeError, ("weights:", "list")),
-    ("weights of integers", lambda: {"weights": torch.ones(P, dtype=whole)}, TypeError, ("weights:", "int64")),
-    ("weights of another P", lambda: {"weights": torch.ones(P + 1)}, ValueError, ("weights:", "[3]", "[4]")),
-    ("weights [C, P]", lambda: {"weights": torch.ones(C, P)}, ValueError, ("weights:", "[P, C]", "[4, 3]")),
-    ("weights [B, T, C]", lambda: {"weights": torch.ones(B, T, C)}, ValueError, ("weights:", "[B, T, P]")),
-    ("weights of four axes", lambda: {"weights": torch.ones(B, T, P, C)}, ValueError, ("weights:", "[P]")),
-    ("weights a scalar", lambda: {"weights": torch.ones(())}, ValueError, ("weights:", "[]")),
-    ("state a tuple", lambda: {"initial_state": (1, 2, 3)}, TypeError, ("initial_state:", "tuple")),
-    ("state in float16", lambda: {"initial_state": torch.ones(B, 3, P, C, dtype=half)}, TypeError,
+half, double = torch.float16, torch.float64
+OF_THE_WKV = [
+    ("only k in float64", {"k": torch.ones(2, 5, C, dtype=double)}, TypeError, ("k, v:", "float64")),
+    ("only v in float64", {"v": torch.ones(2, 5, C, dtype=double)}, TypeError, ("k, v:", "float64")),
+    ("w without perspectives", {"w": torch.ones(0, C)}, ValueError, ("w:", "[0, 4]")),
+    ("u of [C]", {"u": torch.ones(C)}, ValueError, ("u:", "[P, C]", "[4]")),
+    ("k of another P", {"k": torch.ones(2, 5, P + 1, C)}, ValueError, ("k:", "[2, 5, 3, 4]", "[2, 5, 4, 4]")),
+    ("v of another T", {"v": torch.ones(2, 6, C)}, ValueError, ("v:", "[2, 5, 4]", "[2, 6, 4]")),
+    ("v per perspective, k shared", {"v": torch.ones(2, 5, P, C)}, ValueError, ("v:", "k")),
+    ("weights of another P", {"weights": torch.ones(P + 1)}, ValueError, ("weights:", "[3]", "[4]")),
+    ("weights [C, P]", {"weights": torch.ones(C, P)}, ValueError, ("weights:", "[P, C]", "[4, 3]")),
+    ("weights [B, T, C]", {"weights": torch.ones(2, 5, C)}, ValueError, ("weights:", "[B, T, P]")),
+    ("state in float16", {"initial_state": torch.ones(2, 3, P, C, dtype=half)}, TypeError,
      ("initial_state:", "float32", "float16")),
-    ("state in float64", lambda: {"initial_state": torch.ones(B, 3, P, C, dtype=double)}, TypeError,
+    ("state in float64", {"initial_state": torch.ones(2, 3, P, C, dtype=double)}, TypeError,
      ("initial_state:", "float32", "float64")),
-    ("state of another B", lambda: {"initial_state": torch.ones(B + 1, 3, P, C)}, ValueError,
+    ("state of another B", {"initial_state": torch.ones(3, 3, P, C)}, ValueError,
      ("initial_state:", "[2, 3, 3, 4]", "[3, 3, 3, 4]")),
-    ("state without exp", lambda: {"initial_state": torch.ones(B, 2, P, C)}, ValueError, ("initial_state:",)),
-    ("state without P", lambda: {"initial_state": torch.ones(B, 3, C)}, ValueError, ("initial_state:",)),
-    ("flag an int", lambda: {"output_final_state": 1}, TypeError, ("output_final_state:", "True or False")),
-    ("backend unknown", lambda: {"backend": "cuda"}, ValueError, ("backend:", "torch", "triton", "'cuda'")),
-    ("backend None", lambda: {"backend": None}, ValueError, ("backend:", "None")),
-    ("triton in float64", lambda: {"k": torch.ones(B, T, C, dtype=double), "v": torch.ones(B, T, C, dtype=double),
+    ("state without exp", {"initial_state": torch.ones(2, 2, P, C)}, ValueError, ("initial_state:",)),
+    ("triton in float64", {"k": torch.ones(2, 5, C, dtype=double), "v": torch.ones(2, 5, C, dtype=double),
      "backend": "triton"}, TypeError, ("float64", "triton")),
-    ("k on another device", lambda: {"k": torch.ones(B, T, C, device="meta")}, ValueError, ("k on meta",)),
-    ("[C], k per perspective", lambda: single() | {"k": torch.ones(B, T, 1, C)}, ValueError, ("k:", "[B, T, C]")),
-    ("[C], u [P, C]", lambda: single() | {"u": torch.ones(1, C)}, ValueError, ("u:", "[C]")),
-    ("[C], weights [B, T, 1]", lambda: single() | {"weights": torch.ones(B, T, 1)}, ValueError, ("weights:",)),
-    ("[C], state with P", lambda: single() | {"initial_state": torch.ones(B, 3, 1, C)}, ValueError,
+    ("[C], k per perspective", single() | {"k": torch.ones(2, 5, 1, C)}, ValueError, ("k:", "[B, T, C]")),
+    ("[C], u [P, C]", single() | {"u": torch.ones(1, C)}, ValueError, ("u:", "[C]")),
+    ("[C], weights [B, T, 1]", single() | {"weights": torch.ones(2, 5, 1)}, ValueError, ("weights:",)),
+    ("[C], state with P", single() | {"initial_state": torch.ones(2, 3, 1, C)}, ValueError,
      ("initial_state:", "[B, 3, C]")),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "change", "error", "says"), WRONG, ids=[row[0] for row in WRONG])
-def test_wrong_call(name: str, change: Callable, error: type[Exception], says: tuple[str, ...]) -> None:
-    with pytest.raises(error) as caught:
-        multi_perspective_wkv(**(arguments() | change()))
-    for words in says:
-        assert words in str(caught.value), f"{words!r} is not in {str(caught.value)!r}"
+@pytest.mark.parametrize("row", OF_THE_WKV, ids=lambda row: row[0])
+def test_wrong_calls_of_the_wkv(row: tuple) -> None:
+    wrong(lambda: multi_perspective_wkv(**(arguments() | row[1])), WrongCall(*row))
 
 
-@pytest.mark.parametrize("op", [chunk_wkv, recurrent_wkv, reference_wkv])
-def test_every_function_validates(op: Callable) -> None:
-    with pytest.raises(ValueError, match=r"^k: expected shape"):
-        op(**(arguments() | {"k": torch.ones(B, T, C + 1)}))
+state = torch.ones(2, 3, P, C)
+MERGES = [
+    ("nothing", (), TypeError, ("states: expected at least one tensor",)),
+    ("a list", ([state, state],), TypeError, ("states[0]: expected a tensor", "list")),
+    ("a state in float16", (state.half(),), TypeError, ("states[0]:", "float32", "float16")),
+    (
+        "two axes",
+        (state[0, 0],),
+        ValueError,
+        ("states[0]: expected shape [B, 3, ...]", "[3, 4]"),
+    ),
+    (
+        "two numbers",
+        (state, state[:, :2]),
+        ValueError,
+        ("states[1]: expected shape [B, 3, ...]", "[2, 2, 3, 4]"),
+    ),
+    ("another C", (state, state[..., 1:]), ValueError, ("states[1]:", "[2, 3, 3, 4]", "[2, 3, 3, 3]")),
+    ("another dtype", (state, state.double()), TypeError, ("states[1]:", "float32", "float64")),
+    ("another device", (state, state.to("meta")), ValueError, ("states[1] on meta",)),
+]
 
 
-def test_unknown_options_are_refused() -> None:
-    with pytest.raises(TypeError, match="cu_seqlens"):
-        multi_perspective_wkv(**arguments(), cu_seqlens=None)
+@pytest.mark.parametrize("row", MERGES, ids=lambda row: row[0])
+def test_wrong_merges(row: tuple) -> None:
+    wrong(lambda: merge_wkv_states(*row[1]), WrongCall(row[0], {}, *row[2:]))
 
 
-@pytest.mark.parametrize("implementation", [TRITON_CHUNK, TRITON_RECURRENT], ids=lambda i: i.name)
+@everywhere(backend="triton")
 def test_too_many_perspectives_for_the_kernels(implementation: Implementation) -> None:
-    case = wkv_case(1, 2, 9, 4).to(implementation.device)
+    case = implementation.op.case(B=1, T=2, P=9, C=4).to(implementation.device)
     with pytest.raises(ValueError, match=r"at most 8 perspectives.*P = 9.*torch"):
-        case.call(implementation.op, backend="triton")
+        implementation.run(case)
 
 
-@pytest.mark.skipif(GPU, reason="needs a machine without a GPU")
-def test_triton_on_the_cpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(HAS_GPU, reason="needs a machine without a GPU")
+@everywhere(backend="triton")
+def test_triton_on_the_cpu_says_what_to_do(
+    implementation: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(
         ValueError, match=r"backend: 'triton' needs tensors on a GPU.*TRITON_INTERPRET=1.*'cpu'"
     ):
-        multi_perspective_wkv(**arguments(), backend="triton")
+        implementation.run(implementation.op.case(B=1, T=2, P=1, C=4))

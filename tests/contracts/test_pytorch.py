@@ -1,121 +1,111 @@
-"""The op among PyTorch's own tools: opcheck, compile, export, checkpointing, autocast, hooks, second order."""
+"""The ops among PyTorch's own tools: opcheck, compile, export, checkpointing, hooks, autocast, vmap, meta tensors."""
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from trwkv.ops import multi_perspective_wkv
-from trwkv.testing import WkvCase, assert_accurate, wkv_case, wkv_truth
+from tests.contracts.support import case_of, everywhere
+from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Case, Implementation, evaluate, pytorch
+from trwkv.testing.contracts import assert_same
 
-
-def inputs(case: WkvCase) -> tuple:
-    return case.w, case.u, case.k, case.v, case.weights, case.initial_state
-
-
-CASES = {
-    "separate": lambda: wkv_case(2, 9, 2, 3),
-    "own, bfloat16": lambda: wkv_case(1, 70, 2, 3, shared=False, weights="P", dtype=torch.bfloat16),
-    "per token, state": lambda: wkv_case(1, 5, 3, 4, weights="BTP", state="random"),
+OPTIONS = {
+    "rows": {},
+    "own k, v": {"shared": False, "state": "none", "dtype": torch.float16},
+    "packed, reverse": {"B": 1, "cu_seqlens": (0, 4, 4, 9), "reverse": True},
+    "mixed types": {"dtype": torch.bfloat16, "mixed_dtypes": True, "layout": "strided"},
+    "no tokens": {"T": 0},
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("algorithm", ["chunk", "recurrent"])
-def test_opcheck(name: str, algorithm: str) -> None:
-    """Schema, fakes, autograd registration and tracing with symbolic shapes."""
-    leaves = [x if x is None else x.requires_grad_() for x in inputs(CASES[name]())]
-    torch.library.opcheck(
-        torch.ops.trwkv.wkv_forward, (*leaves, "torch", algorithm, True),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
-    )  # fmt: skip
+def check_operators(implementation: Implementation, case: Case) -> None:
+    calls = pytorch.recorded(implementation, case)
+    assert len(calls) == 2  # a forward and a backward
+    for operator, arguments in calls:
+        differentiates = "backward" not in operator._schema.name  # of its own gradient there is none
+        pytorch.opcheck(operator, arguments, differentiates=differentiates)
 
 
-def test_compiles_to_one_graph() -> None:
-    """fullgraph, with a T that changes, forward and backward."""
-    torch._dynamo.reset()
-
-    def run(w, u, k, v, weights):
-        return multi_perspective_wkv(w, u, torch.tanh(k), v, weights=weights, output_final_state=True)
-
-    counted = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counted)
-    for T in (7, 40, 130):
-        case = wkv_case(1, T, 2, 3, weights="P")
-        plain = [x.clone().requires_grad_() for x in inputs(case)[:5]]
-        traced = [x.clone().requires_grad_() for x in inputs(case)[:5]]
-        expected, got = run(*plain), compiled(*traced)
-        assert torch.equal(expected.output, got.output)
-        expected.output.sum().backward()
-        got.output.sum().backward()
-        for a, b in zip(plain, traced, strict=True):
-            torch.testing.assert_close(a.grad, b.grad)
-    assert counted.frame_count == 1
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["wkv/torch-chunk", "wkv_states/torch"])
+def test_opcheck(name: str, options: str) -> None:
+    implementation = IMPLEMENTATIONS[name]
+    check_operators(implementation, case_of(implementation, **OPTIONS[options]))
 
 
-def test_exports() -> None:
-    class Mixer(torch.nn.Module):
-        def forward(self, w, u, k, v):
-            return multi_perspective_wkv(w, u, k, v).output
-
-    case = wkv_case(1, 9, 2, 3)
-    exported = torch.export.export(Mixer(), inputs(case)[:4]).module()
-    assert torch.equal(exported(*inputs(case)[:4]), Mixer()(*inputs(case)[:4]))
+@pytest.mark.parametrize("name", ["wkv/torch-recurrent", "wkv/triton-chunk", "wkv_states/triton"])
+def test_opcheck_of_other_backends(name: str) -> None:
+    implementation = IMPLEMENTATIONS[name]
+    options = OPTIONS["packed, reverse"] | {"T": 3, "P": 1, "cu_seqlens": (0, 1, 1, 3)}
+    with implementation.configured():
+        check_operators(implementation, case_of(implementation, **options).to(implementation.device))
 
 
-def test_activation_checkpointing() -> None:
-    case = wkv_case(1, 9, 2, 3)
-    plain = [x.clone().requires_grad_() for x in inputs(case)[:4]]
-    saved = [x.clone().requires_grad_() for x in inputs(case)[:4]]
-    multi_perspective_wkv(*plain).output.sum().backward()
-    checkpoint(lambda *x: multi_perspective_wkv(*x).output, *saved, use_reentrant=False).sum().backward()
-    for a, b in zip(plain, saved, strict=True):
-        assert torch.equal(a.grad, b.grad)
+def lengths(options: str, Ts: tuple[int, ...]) -> list[dict]:
+    """The options for several T."""
+    packed = "cu_seqlens" in OPTIONS[options]
+    return [OPTIONS[options] | {"T": T} | ({"cu_seqlens": (0, 3, 3, T)} if packed else {}) for T in Ts]
 
 
-def test_saved_tensor_hooks() -> None:
-    case = wkv_case(1, 9, 2, 3)
-    leaves = [x.clone().requires_grad_() for x in inputs(case)[:4]]
-    moved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: moved.append(x.shape) or x.clone(), lambda x: x):
-        output = multi_perspective_wkv(*leaves).output
-    output.sum().backward()
-    assert moved
-    assert all(x.grad is not None for x in leaves)
+@pytest.mark.parametrize("options", ["rows", "packed, reverse", "mixed types"])
+@everywhere(speed="fast")
+def test_compiles_to_one_graph(implementation: Implementation, options: str) -> None:
+    cases = [case_of(implementation, **x) for x in lengths(options, (7, 40, 130))]
+    pytorch.compiled(implementation, cases)
 
 
-def test_autocast_computes_in_float32() -> None:
-    """Autocast hands the op bfloat16 k and v; sums and state stay float32."""
-    case = wkv_case(1, 40, 2, 8, dtype=torch.bfloat16)
+@everywhere(is_interpreted=True)
+def test_compiles_to_one_graph_interpreted(implementation: Implementation) -> None:
+    with implementation.configured():
+        pytorch.compiled(implementation, [case_of(implementation, P=1, T=T) for T in (4, 6)])
+
+
+@pytest.mark.parametrize("options", ["rows", "own k, v", "packed, reverse", "mixed types"])
+@everywhere(backend="torch")
+def test_exports(implementation: Implementation, options: str) -> None:
+    pytorch.exported(implementation, case_of(implementation, **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@everywhere(is_interpreted=False)
+def test_saved_tensors(implementation: Implementation, options: str) -> None:
+    """Activation checkpointing and saved-tensor hooks."""
+    case = case_of(implementation, **OPTIONS[options])
+    pytorch.checkpointed(implementation, case)
+    assert pytorch.hooked(implementation, case) > 0 or not case.tokens
+
+
+@pytest.mark.parametrize("options", ["rows", "packed, reverse", "mixed types"])
+@everywhere(is_interpreted=False)
+def test_autocast_changes_nothing(implementation: Implementation, options: str) -> None:
+    """It hands the op whatever types it has made; sums and state stay float32."""
+    case = case_of(implementation, **OPTIONS[options])
+    expected = evaluate(implementation.op, case, implementation.run)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, state = case.call(multi_perspective_wkv)
-    assert_accurate("output", output, wkv_truth(case))
-    assert state.dtype == torch.float32
+        got = evaluate(implementation.op, case, implementation.run)
+        CONTRACTS["agreement"](implementation, case)
+    for name in expected:
+        assert got[name].dtype == expected[name].dtype
+        assert_same(name, got[name], expected[name])
 
 
-def test_mixed_types() -> None:
-    """k and v may differ in type; the output has v's, each gradient its input's."""
-    case = wkv_case(1, 9, 2, 3, final_gradient=False)
-    k, v = case.k.clone().requires_grad_(), case.v.to(torch.bfloat16).requires_grad_()
-    output = multi_perspective_wkv(case.w, case.u, k, v).output
-    assert output.dtype == torch.bfloat16
-    output.sum().backward()
-    assert (k.grad.dtype, v.grad.dtype) == (torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("options", ["rows", "own k, v", "packed, reverse"])
+@everywhere(is_interpreted=False)
+def test_vmap(implementation: Implementation, options: str) -> None:
+    pytorch.mapped(implementation, case_of(implementation, **OPTIONS[options]), 3)
 
 
-def test_second_order_is_refused_but_by_the_reference() -> None:
-    case = wkv_case(1, 4, 2, 3)
-    leaves = [x.clone().requires_grad_() for x in inputs(case)[:4]]
-    (first,) = torch.autograd.grad(multi_perspective_wkv(*leaves).output.sum(), leaves[2], create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"second-order.*reference"):
-        first.sum().backward()
-    output = multi_perspective_wkv(*leaves, backend="reference").output
-    (first,) = torch.autograd.grad(output.square().sum(), leaves[2], create_graph=True)
-    first.sum().backward()
-    assert torch.isfinite(leaves[2].grad).all()
+@pytest.mark.parametrize("options", OPTIONS)
+@everywhere(backend="torch")
+def test_meta_tensors_give_shapes(implementation: Implementation, options: str) -> None:
+    pytorch.meta(implementation, case_of(implementation, **OPTIONS[options]))
 
 
-def test_meta_tensors_give_shapes() -> None:
-    case = wkv_case(2, 9, 2, 3, weights="P").to("meta")
-    output, state = case.call(multi_perspective_wkv)
-    assert output.shape == (2, 9, 3)
-    assert state.shape == (2, 3, 2, 3)
+@pytest.mark.parametrize("name", ["wkv/torch-chunk", "wkv/torch-recurrent", "wkv/triton-chunk"])
+def test_second_order_is_refused_but_by_the_reference(name: str) -> None:
+    implementation = IMPLEMENTATIONS[name]
+    case = case_of(implementation, T=4).to(implementation.device)
+    leaves = [x.requires_grad_() for x in case.inputs.values()]
+    with implementation.configured():
+        output, _ = implementation.run(case)
+        first = torch.autograd.grad(output.sum(), leaves[2], create_graph=True)[0]
+        with pytest.raises(NotImplementedError, match=r"second-order.*reference"):
+            first.sum().backward()

@@ -122,6 +122,11 @@ def test_a_spike_that_fits_the_carried_state_costs_one_column(exact_columns: lis
     assert exact_columns == [1, 1, 1]
 
 
+def test_at_the_edge_of_the_fast_path() -> None:
+    """Found by fuzzing when |k - s| went to 30: its rounding alone, 2^-20, was half of what is allowed."""
+    check(wkv_case(B=1, T=128, P=4, C=16, weights="P", final_gradient=False, k_range=40.0))
+
+
 @pytest.mark.parametrize("k_range", [10.0, 60.0, 300.0])
 @pytest.mark.parametrize("u_range", [1.0, 300.0])
 def test_mixed_ranges(k_range: float, u_range: float) -> None:
@@ -318,6 +323,17 @@ def test_no_tokens() -> None:
     num, den, _ = case.initial_state.unbind(1)
     assert torch.equal(grads[5][:, :2], torch.ones_like(grads[5][:, :2]))
     torch.testing.assert_close(grads[5][:, 2], num + den)
+
+
+@pytest.mark.parametrize("T", [1, CHUNK + 1])
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_rows(T: int, shared: bool) -> None:
+    case = wkv_case(0, T, 3, 5, shared=shared, weights="BTP", state="random")
+    output, state, grads = run(case)
+    assert output.shape == (0, T, 5) and state.shape == (0, 3, 3, 5)
+    assert [x.shape for x in grads] == [x.shape for x in raw(case)]
+    assert not any(x.any() for x in grads)
+    assert chunk_forward(*raw(case), save=False)[0].shape == (0, T, 5)
 
 
 @pytest.mark.parametrize("shared", [True, False])

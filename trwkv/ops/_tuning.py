@@ -66,7 +66,7 @@ def chunk_length(config: Config, B: int, T: int, C: int, block_c: int) -> int:
     """
     if config.chunk_len is not None:
         return max(SEGMENT, -(-config.chunk_len // SEGMENT) * SEGMENT)
-    columns = B * -(-C // block_c)
+    columns = max(1, B) * -(-C // block_c)
     chunks = max(1, min(TARGET_PROGRAMS // columns, T // (4 * SEGMENT)))
     segments = -(-T // SEGMENT)
     return max(1, -(-segments // chunks)) * SEGMENT

@@ -118,6 +118,8 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
     is_packed = call.cu_seqlens is not None
     slots = _checkpoint_slots(B, T, N if is_packed else None) if save else plan.programs
     states = torch.empty(slots, 3, P, C, dtype=torch.float32, device=call.k.device)
+    if save and is_packed:
+        states.zero_()  # not every slot is used, and what is returned is to be the same every time
     final_state = torch.empty(N, 3, P, C, dtype=torch.float32, device=call.k.device)
     if N == 0 or T == 0:
         return state_without_tokens(call), states
@@ -181,12 +183,12 @@ def chunk_backward(
     grad_initial = None
     if initial_state is not None:
         grad_initial = _initial_gradient(call, grads.adjoint, grad_final_state).reshape(initial_state.shape)
-    return (
-        grad_w.to(w.dtype),
-        grad_u.to(u.dtype),
+    return (  # copies: an operator's results must not share memory
+        grad_w.to(w.dtype, copy=True),
+        grad_u.to(u.dtype, copy=True),
         grads.k.view(k.shape),
         grads.v.view(v.shape),
-        None if weights is None else grad_weights.to(weights.dtype),
+        None if weights is None else grad_weights.to(weights.dtype, copy=True),
         grad_initial,
     )
 

@@ -4,15 +4,14 @@ T is cut into chunks of `CHUNK` tokens. Every chunk is summarised from an empty 
 (one step per token position, vectorised over batch, chunks and channels); a scan over the summaries, in float64,
 gives the state at each chunk's start; a second walk from those states gives the outputs.
 
-Inside a chunk the sums are kept relative to e^s with s = k of the chunk's first token: k - s is exact or nearly so,
-one exponential per token serves all perspectives, and s depends on nothing later, which keeps causality bitwise. With
-|k - s| <= 30, |u| <= 30, w <= 0.25, |e^(k-s) v| <= 1e25 and a carried numerator and denominator of at most 1e30 and
-e^50, nothing overflows (e^30 * 1e25 is the largest term, and 16 tokens grow by at most e^4), and no denominator
+Inside a chunk the sums are kept relative to e^s with s = k of the chunk's first token: k - s is rounded by 2^-21 at
+most, one exponential per token serves all perspectives, and s depends on nothing later, which keeps causality bitwise.
+With |k - s| <= 16, |u| <= 30, w <= 0.25, |e^(k-s) v| <= 1e25 and a carried numerator and denominator of at most 1e30
+and e^50, nothing overflows (e^30 * 1e25 is the largest term, and 16 tokens grow by at most e^4), and no denominator
 underflows: it holds the token's own bonus weight e^(u+k-s) and, from the chunk's second token on, that of the token
-before, so it is at least e^-30. Whatever lies outside these
-bounds, from that token to the end of its chunk and for that channel alone, is computed by `torch_chunk_exact` in
-float64 with a running maximum per token. Each bound looks at the past only, so the choice, too, is causal; and it is
-made per channel and batch row: neighbours have no say in it.
+before, so it is at least e^-30. Whatever lies outside these bounds, from that token to the end of its chunk and for
+that channel alone, is computed by `torch_chunk_exact` in float64 with a running maximum per token. Each bound looks at
+the past only, so the choice, too, is causal; and it is made per channel and batch row: neighbours have no say in it.
 
 State convention of every backend: (num, den, exp) stands for num * e^exp and den * e^exp. The final state's exp is a
 constant of the representation: its incoming gradient is ignored, and the gradient of the true sums is that of num and

@@ -137,7 +137,8 @@ def add_gradients(
     # An empty state with a large exponent has a gradient beyond any range.
     adjoint = adjoint.clamp(-limit, limit)
     grad_state = torch.cat([adjoint, (adjoint * sums).sum(0, keepdim=True).clamp(-limit, limit)])
-    return p.public(grad_state).movedim(0, 1).to(initial_state.dtype)
+    grad_state = p.public(grad_state).movedim(0, 1)
+    return grad_state.to(initial_state.dtype, memory_format=torch.contiguous_format)
 
 
 def _block_backward(

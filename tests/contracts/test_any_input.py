@@ -1,0 +1,79 @@
+"""Exact on any finite input: k over +-300 in one chunk, w from -1e-6 to -80 and positive, huge |u|, long T."""
+
+import pytest
+import torch
+
+from tests.contracts.support import case_of, everywhere, hold
+from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Implementation
+from trwkv.testing.contracts import forward_accuracy
+
+
+@everywhere("any finite input")
+def test_any_finite_input(implementation: Implementation) -> None:
+    hold("any finite input", implementation, times=2 if implementation.is_interpreted else 1)
+
+
+@everywhere(speed="fast")
+@pytest.mark.parametrize("log_decays", [(-13.8, -9.0), (-6.0, 1.5)], ids=["slow", "usual"])
+@pytest.mark.parametrize("k_range", [4.0, 300.0])
+def test_4096_tokens(implementation: Implementation, log_decays: tuple[float, float], k_range: float) -> None:
+    case = case_of(
+        implementation, B=1, T=4096, state="none", k_range=k_range, log_decays=log_decays, growing=0.3
+    )
+    forward_accuracy(implementation, case)
+
+
+@everywhere(speed="fast")
+def test_gradients_over_1500_tokens(implementation: Implementation) -> None:
+    case = case_of(implementation, B=1, T=1500, P=1, C=2, k_range=10.0, log_decays=(-8.0, -4.0))
+    CONTRACTS["agreement"](implementation, case)
+
+
+@pytest.mark.slow
+@everywhere(speed="fast")
+@pytest.mark.parametrize("log_decays", [(-13.8, -9.0), (-6.0, 4.4)], ids=["slow", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_65536_tokens(
+    implementation: Implementation, log_decays: tuple[float, float], dtype: torch.dtype
+) -> None:
+    case = case_of(
+        implementation, B=1, T=65536, k_range=300.0, log_decays=log_decays, growing=0.3, dtype=dtype
+    )
+    forward_accuracy(implementation, case)
+
+
+@pytest.mark.parametrize(
+    "name", ["wkv/torch-chunk", "wkv/triton-chunk", "wkv/triton-recurrent", "wkv_states/torch"]
+)
+def test_a_state_that_nothing_joins(name: str) -> None:
+    """One token, then 300 that weigh nothing, under decays of 1e-6 to 1e-4: what rounds alike at every step adds up."""
+    implementation = IMPLEMENTATIONS[name]
+    case = implementation.op.case(B=1, T=300, P=1, C=8, final_gradient=False)
+    case.w[:] = -torch.exp(torch.linspace(-13.8, -9.0, 8))
+    case.k[:, 1:] -= 60.0
+    with implementation.configured():
+        forward_accuracy(implementation, case)
+
+
+@everywhere()
+@pytest.mark.parametrize("exponent", [-250.0, 250.0])
+def test_a_state_far_from_the_tokens(implementation: Implementation, exponent: float) -> None:
+    """A state that outweighs every token by e^250 decays until they count; one that much lighter does not count."""
+    case = case_of(implementation, B=1, T=12, P=1, C=1, state="random", k_range=1.0, log_decays=(-4.0, 3.0))
+    case.initial_state[:, 2] = exponent
+    CONTRACTS["any finite input"](implementation, case)
+
+
+@pytest.mark.parametrize("name", ["wkv/torch-chunk", "wkv/triton-chunk", "wkv_states/torch"])
+def test_a_long_fall(name: str) -> None:
+    """One token, then silence 200 nats below it: it fades by half a mantissa a step until the two are equal.
+
+    The second channel, beyond every bound, keeps its neighbour on the exact path.
+    """
+    implementation = IMPLEMENTATIONS[name]
+    case = implementation.op.case(B=1, T=152, P=1, C=2, k_range=300.0, final_gradient=False)
+    case.w[:] = torch.tensor([-1.379, -80.0])
+    case.k[:, :, 0] = -200.0
+    case.k[:, 0, 0] = 0.0
+    with implementation.configured():
+        forward_accuracy(implementation, case)

@@ -1,0 +1,23 @@
+"""What comes later changes no earlier output, to the bit, and gets no gradient from it; in either direction."""
+
+import pytest
+
+from tests.contracts.support import case_of, everywhere, hold
+from trwkv.testing import CONTRACTS, Implementation
+
+
+@everywhere("causality")
+def test_causality(implementation: Implementation) -> None:
+    hold("causality", implementation)
+
+
+@everywhere("causality", is_interpreted=False)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("k_range", [4.0, 300.0])
+def test_every_cut(implementation: Implementation, k_range: float, reverse: bool) -> None:
+    T = 37
+    case = case_of(
+        implementation, T=T, C=5, k_range=k_range, log_decays=(-13.8, 4.4), growing=0.2, reverse=reverse
+    )
+    for cut in range(1, T):
+        CONTRACTS["causality"](implementation, case, at=cut - 1)

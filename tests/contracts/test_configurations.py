@@ -1,0 +1,22 @@
+"""Every configuration of block sizes that ships is right, alone, not just the winner."""
+
+import pytest
+import torch
+
+from tests.contracts.support import case_of, everywhere
+from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Implementation
+
+
+@everywhere("every configuration")
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_configuration(implementation: Implementation, packed: bool) -> None:
+    """A full tile of the longest and a ragged one, or a ragged block of channels."""
+    sizes = {"T": 10, "C": 20, "cu_seqlens": (0, 3, 10)} if packed else {"T": 19, "C": 5, "reverse": True}
+    case = case_of(implementation, B=1, P=1, k_range=8.0, dtype=torch.bfloat16, **sizes)
+    CONTRACTS["every configuration"](implementation, case)
+
+
+def test_across_segments() -> None:
+    implementation = IMPLEMENTATIONS["wkv/triton-chunk"]
+    case = case_of(implementation, B=1, T=67, P=1, C=5, k_range=8.0, dtype=torch.bfloat16)
+    CONTRACTS["every configuration"](implementation, case)
