@@ -15,7 +15,9 @@ FLOAT32_ULPS = 32.0
 FLOAT64_TOLERANCE = 1e-12
 ROUNDINGS = 1.5
 ROUNDINGS_TRUNCATED = 2.1  # Triton's interpreter truncates float32 to bfloat16 where a GPU rounds
-VANISHING_SHARE = 2.0**-64  # gradients of tokens that weigh less than this everywhere may underflow to zero
+VANISHING_SHARE = 2.0**-64  # gradients from tokens that weigh less than this everywhere may underflow to zero
+VANISHED = VANISHING_SHARE / (FLOAT32_ULPS * 2.0**-24)
+"""As a weight in a condition: what makes `VANISHING_SHARE` an error that is allowed."""
 
 
 @dataclass
@@ -39,8 +41,7 @@ def visible(condition: Tensor, axis: int) -> Tensor:
     """At least what makes `VANISHING_SHARE` of the largest along an axis an error that is allowed."""
     if not condition.numel():
         return condition
-    floor = VANISHING_SHARE / (FLOAT32_ULPS * 2.0**-24) * condition.amax(axis, keepdim=True)
-    return torch.maximum(condition, floor)
+    return torch.maximum(condition, VANISHED * condition.amax(axis, keepdim=True))
 
 
 def assert_accurate(name: str, actual: Tensor, truth: Truth, *, truncates: bool = False) -> None:
