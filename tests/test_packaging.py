@@ -77,7 +77,12 @@ def test_readme_examples_run(tmp_path, monkeypatch, capsys):
         if "decoding" in snippet:
             assert names["y"].shape == (names["B"], 1, names["C"])
             assert names["state"].shape == (names["B"], 3, names["P"], names["C"])
-    assert names["y"].shape == (1, 512, names["P"], names["C"])  # of the bidirectional one, the last of the op
+    assert names["y"].shape == (
+        1,
+        512,
+        names["P"],
+        names["C"],
+    )  # of the bidirectional one, the last of the op
     assert names["model"].config.n_perspectives == 3
     assert "added_percent" in capsys.readouterr().out
 

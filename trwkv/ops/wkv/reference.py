@@ -202,15 +202,19 @@ def _final(num: Tensor, den: Tensor, exp: Tensor, k: Tensor) -> Tensor:
 
 
 def aggregate(y: Tensor, weights: Tensor | None) -> Tensor:
-    """Sum over perspectives: y [B, T, P, C] with weights [P], [P, C] or [B, T, P] -> [B, T, C]."""
+    """Sum over perspectives: y [B, T, P, C] with weights [P], [P, C] or [B, T, P] -> [B, T, C].
+
+    Perspective by perspective: a matrix product would round an element according to its place among the others.
+    """
     if weights is None:
         return y
     weights = weights.to(y.dtype)
-    if weights.ndim == 1:
-        return torch.einsum("btpc,p->btc", y, weights)
-    if weights.ndim == 2:
-        return torch.einsum("btpc,pc->btc", y, weights)
-    return torch.einsum("btpc,btp->btc", y, weights)
+    weights = weights.unsqueeze(-1) if weights.ndim != 2 else weights  # [.., P, 1] or [P, C]
+    first, *others = zip(y.unbind(2), weights.unbind(-2), strict=True)
+    total = first[0] * first[1]
+    for y_p, weight in others:
+        total = torch.addcmul(total, y_p, weight)
+    return total
 
 
 def _per_perspective(x: Tensor, P: int) -> Tensor:
