@@ -1,62 +1,120 @@
-"""What is shown: a Markdown table, a plot and the ratios that matter, all from the results that --json writes."""
+"""What is shown: Markdown tables and the ratios that matter, all from the results that --json writes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from throughput_cases import MODES
 from trwkv.report import format_table
 
 OWN = ("triton", "torch")
 """This library's backends, the faster first."""
 SHOWN_VERSIONS = ("python", "torch", "triton", "transformers")
 
+Row = dict[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results as `--json` writes them today, also from files written before layout and dtype were the rows' own."""
+    results = json.loads(path.read_text())
+    for row in results["rows"]:
+        for name in ("layout", "dtype"):
+            row.setdefault(name, results["options"].get(name))
+    for name in ("wrong", "failed", "skipped", "not_run", "first_calls", "resumed"):
+        results.setdefault(name, [])
+    return results
+
+
+def values(rows: list[Row], name: str) -> list[Any]:
+    """What the rows have under `name`, each once, in order."""
+    return list(dict.fromkeys(tuple(x) if isinstance(x := row[name], list) else x for row in rows))
+
+
+def ordered(rows: list[Row]) -> list[Row]:
+    """The rows as a table lists them; implementations in the order in which they were measured."""
+    order = {name: values(rows, name) for name in ("shape", "dtype")}
+    order["layout"] = sorted(values(rows, "layout"))
+
+    def place(row: Row) -> tuple[int, ...]:
+        return (
+            order["shape"].index(tuple(row["shape"])),
+            MODES.index(row["mode"]),
+            order["dtype"].index(row["dtype"]),
+            row["perspectives"],
+            order["layout"].index(row["layout"]),
+        )
+
+    return sorted(rows, key=place)
+
+
+def own(rows: list[Row]) -> str | None:
+    """The faster of this library's backends that have rows."""
+    present = values(rows, "implementation")
+    return next((name for name in OWN if name in present), None)
+
 
 def table(results: dict[str, Any]) -> str:
-    """One row per measurement, and a note on those of several calls."""
-    header = [
-        "B x T x C",
-        "what",
-        "P",
-        "implementation",
-        "ms (median)",
-        "p20 - p80",
-        "tokens/s",
-        "GB/s",
-        "% of copy",
-    ]
-    rows = [
-        [
-            "x".join(map(str, row["shape"])),
-            row["mode"],
-            row["perspectives"],
-            row["implementation"] + (f" ({row['calls']} calls)" if row["calls"] > 1 else ""),
-            row["ms_median"],
-            f"{row['ms_p20']:.4g} - {row['ms_p80']:.4g}",
-            float(f"{row['tokens_per_second']:.3g}"),
-            row["gb_per_second"],
-            float(f"{row['percent_of_copy']:.2g}"),
-            row["peak_memory_mib"],
-            f"{row['error']:.1e}",
-        ]
-        for row in results["rows"]
-    ]
-    return format_table([*header, "peak MiB", "error"], rows)
+    """One row per measurement. Columns that say the same everywhere, or nothing, are left out."""
+    rows = ordered(results["rows"])
+    columns: dict[str, Any] = {
+        "B x T x C": lambda row: "x".join(map(str, row["shape"])),
+        "what": lambda row: row["mode"],
+        "layout": lambda row: row["layout"] if row["perspectives"] > 1 else None,
+        "dtype": lambda row: row["dtype"],
+        "P": lambda row: row["perspectives"],
+        "implementation": lambda row: (
+            row["implementation"] + (f" ({row['calls']} calls)" if row["calls"] > 1 else "")
+        ),
+        "ms (median)": lambda row: row["ms_median"],
+        "p20 - p80": lambda row: f"{row['ms_p20']:.4g} - {row['ms_p80']:.4g}",
+        "tokens/s": lambda row: float(f"{row['tokens_per_second']:.3g}"),
+        "GB/s": lambda row: row["gb_per_second"],
+        "% of copy": lambda row: float(f"{row['percent_of_copy']:.2g}"),
+        "peak MiB": lambda row: row["peak_memory_mib"],
+        "extra % of k": lambda row: _rounded(row.get("extra_memory_percent_of_k")),
+        "error": lambda row: f"{row['error']:.1e}",
+    }
+    for name in ("layout", "dtype"):
+        if len(values([row for row in rows if row["perspectives"] > 1 or name == "dtype"], name)) < 2:
+            del columns[name]
+    if not any("extra_memory_percent_of_k" in row for row in rows):
+        del columns["extra % of k"]
+    return format_table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else float(f"{number:.2g}")
 
 
 def conditions(results: dict[str, Any]) -> str:
     """One paragraph: on what, and what the columns mean."""
-    found, options = results["environment"]["versions"], results["options"]
+    found, rows = results["environment"]["versions"], results["rows"]
     versions = ", ".join(f"{name} {found[name]}" for name in SHOWN_VERSIONS if name in found)
-    return (
-        f"{_place(results)}; {options['dtype']}, layout {options['layout']}; {versions}; commit {results['commit']}; "
+    copies = [x["copy_gb_per_second"] for x in (results, *results["resumed"])]
+    copy = f"{min(copies):.3g}" + (f" to {max(copies):.3g}" if len(copies) > 1 else "")
+    text = (
+        f"{place(results)}; {', '.join(values(rows, 'dtype'))}, layout {', '.join(values(rows, 'layout'))}; "
+        f"{versions}; commit {results['commit']}; "
         f"load average {results['load_average_before']} before the run. "
-        f"GB/s counts necessary traffic only; a copy reaches {results['copy_gb_per_second']:.3g} GB/s here. "
+        f"GB/s counts necessary traffic only; a copy reaches {copy} GB/s here. "
         "A row of decode is one step of T = 1 with state. Peak MiB is what PyTorch held during a call beyond its "
         "inputs. Error: largest deviation from float64, of output or any gradient, "
         "on 16 channels spread over all, as a share of the largest value."
     )
+    if any("extra_memory_percent_of_k" in row for row in rows):
+        text += " Extra is the peak without outputs and gradients, in percent of k's size."
+    if results["resumed"]:
+        text += f" Measured in {len(copies)} runs; every share is of its own run's copy."
+    if launch := results.get("launch_us"):
+        text += (
+            f" A kernel with nothing to do costs {launch['call']:.3g} us called and {launch['graph']:.3g} us "
+            "in a CUDA graph."
+        )
+    return text
 
 
-def _place(results: dict[str, Any]) -> str:
+def place(results: dict[str, Any]) -> str:
+    """The machine, in a few words."""
     environment = results["environment"]
     if results["options"]["device"] == "cuda":
         return environment["device"]
@@ -65,72 +123,52 @@ def _place(results: dict[str, Any]) -> str:
 
 def summary(results: dict[str, Any]) -> list[str]:
     """Sentences on the ratios: against each peer at P = 1, and P perspectives against one."""
-    lines = []
-    groups: dict[tuple[tuple[int, ...], str], dict[tuple[str, int], float]] = {}
-    for row in results["rows"]:
-        group = groups.setdefault((tuple(row["shape"]), row["mode"]), {})
-        group[row["implementation"], row["perspectives"]] = row["ms_median"]
-    for (shape, mode), ms in groups.items():
-        own = next((name for name in OWN if (name, 1) in ms), None)
-        if own is None:
-            continue
-        one = ms[own, 1]
-        facts = [f"{own} takes {one:.3g} ms at P = 1"]
-        facts += [
-            f"{peer} takes {ms[peer, 1] / one:.3g}x that" for peer, P in ms if P == 1 and peer not in OWN
+    rows, lines = results["rows"], []
+    for shape, mode, dtype in dict.fromkeys(
+        (tuple(row["shape"]), row["mode"], row["dtype"]) for row in ordered(rows)
+    ):
+        group = [
+            row
+            for row in ordered(rows)
+            if (tuple(row["shape"]), row["mode"], row["dtype"]) == (shape, mode, dtype)
         ]
-        facts += [f"P = {P} costs {ms[own, P] / one:.3g}x P = 1" for name, P in ms if name == own and P > 1]
-        lines.append(f"{'x'.join(map(str, shape))} {mode}: {'; '.join(facts)}.")
+        single = {row["implementation"]: row["ms_median"] for row in group if row["perspectives"] == 1}
+        ours = next((name for name in OWN if name in single), None)
+        if ours is None:
+            continue
+        one = single[ours]
+        facts = [f"{ours} takes {one:.3g} ms at P = 1"]
+        facts += [f"{peer} takes {ms / one:.3g}x that" for peer, ms in single.items() if peer not in OWN]
+        several = len(values([row for row in rows if row["perspectives"] > 1], "layout")) > 1
+        for row in group:
+            if row["implementation"] == ours and row["perspectives"] > 1:
+                layout = f" ({row['layout']})" if several else ""
+                facts.append(f"P = {row['perspectives']}{layout} costs {row['ms_median'] / one:.3g}x P = 1")
+        what = mode + f" {dtype}" * (len(values(rows, "dtype")) > 1)
+        lines.append(f"{'x'.join(map(str, shape))} {what}: {'; '.join(facts)}.")
     return lines
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """A panel per shape and mode: milliseconds over P, a line per implementation."""
-    import matplotlib
+def first_calls(results: dict[str, Any]) -> list[str]:
+    """A table of the first calls, if there are any."""
+    calls = results["first_calls"]
+    if not calls:
+        return []
+    header = ["B x T x C", "what", "P", "layout", "dtype", "implementation", "first call (s)"]
+    rows = [
+        [
+            f"{call['B']}x{call['T']}x{call['C']}",
+            *(call[name] for name in ("mode", "P", "layout", "dtype", "implementation", "seconds")),
+        ]
+        for call in calls
+    ]
+    note = "First call: in a fresh process with empty compilation caches, from imports and inputs done to the result."
+    return ["", format_table(header, rows), "", note]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
 
-    panels: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for row in results["rows"]:
-        panel = panels.setdefault(("x".join(map(str, row["shape"])), row["mode"]), {})
-        panel.setdefault(row["implementation"], []).append(row)
-    names = list(dict.fromkeys(row["implementation"] for row in results["rows"]))
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(
-        lines, columns, figsize=(4.2 * columns, 3.4 * lines + 0.5), layout="constrained", squeeze=False
+def not_run(results: dict[str, Any]) -> list[str]:
+    """What the time did not suffice for."""
+    missing = results["not_run"]
+    return (
+        ["", f"{len(missing)} not run, see not_run in the results (--resume continues)."] if missing else []
     )
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, ((shape, mode), curves) in zip(axes.flat, panels.items(), strict=False):
-        for name, rows in curves.items():
-            style = {"color": f"C{names.index(name)}", "marker": "os^Dv"[names.index(name) % 5]}
-            ms = [row["ms_median"] for row in rows]
-            spread = [
-                [row["ms_median"] - row["ms_p20"] for row in rows],
-                [row["ms_p80"] - row["ms_median"] for row in rows],
-            ]
-            axis.errorbar([row["perspectives"] for row in rows], ms, spread, capsize=3, label=name, **style)
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(ticker.NullLocator())
-        axis.set_xticks(sorted({row["perspectives"] for rows in curves.values() for row in rows}))
-        axis.set_title(f"{mode}, {shape}", fontsize=10)
-        axis.set_xlabel("perspectives P")
-        axis.set_ylabel("ms per step" if mode == "decode" else "ms per call")
-        axis.grid(alpha=0.3)
-    handles = {
-        label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9
-    )
-    place = _place(results)
-    figure.suptitle(
-        f"WKV under P perspectives ({place}, {results['options']['dtype']}); median, 20 % to 80 %",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
