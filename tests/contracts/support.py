@@ -9,6 +9,8 @@ from trwkv.testing.fuzz import find_failure
 
 EXAMPLES = {"fast": 50, "slow": 8, "interpreted": 2}
 """Cases of each contract, by the speed of the implementation; the first is always the simplest there is."""
+CHUNKED = ["wkv/torch-chunk", "wkv/triton-chunk", "wkv_states/torch", "wkv_states/triton"]
+"""Those that cut T into chunks: one algorithm each, forward and backward, with scratch memory and scans."""
 SIZES = {"T": 9, "P": 2}
 """Sizes at which the interpreter finishes; with its blocks of 4 tokens, two full tiles and a ragged one."""
 

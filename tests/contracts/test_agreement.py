@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.contracts.support import case_of, everywhere, hold
+from tests.contracts.support import CHUNKED, case_of, everywhere, hold
 from trwkv.ops.wkv.reference import direct_states, direct_wkv
 from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Implementation, truth_of
 
@@ -11,9 +11,6 @@ from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Implementation, truth_of
 @everywhere()
 def test_agreement(implementation: Implementation) -> None:
     hold("agreement", implementation, times=3 if implementation.is_interpreted else 1)
-
-
-CHUNKED = ["wkv/torch-chunk", "wkv/triton-chunk", "wkv_states/torch", "wkv_states/triton"]
 
 
 @pytest.mark.parametrize("name", CHUNKED)

@@ -1,7 +1,9 @@
 """Neighbours change nothing, to the bit: rows, packed sequences and channels, even where they are NaN."""
 
-from tests.contracts.support import case_of, everywhere, hold
-from trwkv.testing import CONTRACTS, Implementation
+import pytest
+
+from tests.contracts.support import CHUNKED, case_of, everywhere, hold
+from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Implementation
 
 
 @everywhere("neighbours")
@@ -14,8 +16,9 @@ def test_lanes(implementation: Implementation) -> None:
     hold("lanes", implementation)
 
 
-@everywhere("neighbours", is_token_loop=False)
-def test_many_packed_sequences(implementation: Implementation) -> None:
+@pytest.mark.parametrize("name", CHUNKED)
+def test_many_packed_sequences(name: str) -> None:
     """Empty ones first, last and between, ones of a single token, and one that crosses tiles."""
+    implementation = IMPLEMENTATIONS[name]
     case = case_of(implementation, B=1, T=9, P=1, C=19, cu_seqlens=(0, 0, 1, 2, 2, 8, 9, 9), k_range=40.0)
     CONTRACTS["neighbours"](implementation, case, at=4)

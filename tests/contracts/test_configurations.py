@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from tests.contracts.support import case_of, everywhere
-from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, SMALL, Implementation
+from tests.contracts.support import case_of
+from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, SMALL
 from trwkv.testing.contracts import forward_accuracy
 
 
-@everywhere("every configuration")
+@pytest.mark.parametrize("name", ["wkv/triton-chunk", "wkv_states/triton"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_configuration(implementation: Implementation, packed: bool) -> None:
+def test_every_configuration(name: str, packed: bool) -> None:
     """A full tile of the longest and a ragged one, or a ragged block of channels."""
+    implementation = IMPLEMENTATIONS[name]
     sizes = {"T": 10, "C": 20, "cu_seqlens": (0, 3, 10)} if packed else {"T": 19, "C": 5, "reverse": True}
     case = case_of(implementation, B=1, P=1, k_range=8.0, dtype=torch.bfloat16, **sizes)
     CONTRACTS["every configuration"](implementation, case)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.contracts.support import case_of, everywhere, hold
+from tests.contracts.support import CHUNKED, case_of, everywhere, hold
 from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Implementation
 
 
@@ -11,9 +11,7 @@ def test_memory(implementation: Implementation) -> None:
     hold("memory", implementation)
 
 
-@pytest.mark.parametrize(
-    "name", ["wkv/torch-chunk", "wkv/triton-chunk", "wkv_states/torch", "wkv_states/triton"]
-)
+@pytest.mark.parametrize("name", CHUNKED)
 def test_across_chunks(name: str) -> None:
     """The states between chunks are scratch memory too, and with packed sequences some of it stays unused."""
     implementation = IMPLEMENTATIONS[name]
