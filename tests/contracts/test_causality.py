@@ -15,7 +15,7 @@ def test_causality(implementation: Implementation) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("k_range", [4.0, 300.0])
 def test_every_cut(implementation: Implementation, k_range: float, reverse: bool) -> None:
-    T = 37
+    T = 19
     case = case_of(
         implementation, T=T, C=5, k_range=k_range, log_decays=(-13.8, 4.4), growing=0.2, reverse=reverse
     )

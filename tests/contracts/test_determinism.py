@@ -14,7 +14,7 @@ def test_repetition(implementation: Implementation) -> None:
 @everywhere("repetition")
 def test_sums_of_many_programs(implementation: Implementation) -> None:
     """Gradients that five rows share: two numbers could be added in any order, five cannot."""
-    for at in range(3):
+    for at in range(1 if implementation.is_interpreted else 3):
         CONTRACTS["repetition"](implementation, case_of(implementation, B=5, T=5, P=1), at=at)
 
 

@@ -34,6 +34,9 @@ CONFIGS = {
     8: Config(fwd_block_c=32, fwd_block_t=4, bwd_block_c=32, bwd_block_t=2),
 }
 
+INSTRUCTION_BUDGET: dict[tuple[str, int], float] = {}
+"""Instructions per token and channel that a tile's fast path may take, by kernel and P: what CI holds it to."""
+
 TARGET_PROGRAMS = 2048
 """Programs (warps) wanted in flight on a large GPU: about 16 on each of 132 multiprocessors."""
 

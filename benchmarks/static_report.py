@@ -1,0 +1,141 @@
+"""What the compiled kernels cost, without a GPU: registers, spills, and instructions per element of the fast path.
+
+    python benchmarks/static_report.py                            # P = 1 to 4, sm_80 and sm_90; minutes, all compilation
+    python benchmarks/static_report.py --perspectives 1 --capabilities 90 --dtypes bfloat16
+    python benchmarks/static_report.py --json FILE --check        # exit code 1 on a spill or above the budget
+
+An element is one token of one channel. A tile's loop is found in the machine code by the exponentials unrolled in it;
+its path around the exact branch (which holds a loop of its own) is counted. The prediction for an H200 (132 SMs, 1.98
+GHz, four issue slots and 16 special-function results per SM and clock, 4.3 TB/s) is the largest of issue, special
+functions and memory: it ignores latency, so it is a floor, and no measurement.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+
+from static_sass import FastPath, fast_paths, machine_code
+from trwkv.ops._compile import Launch, record_launches, resources
+from trwkv.ops._tuning import INSTRUCTION_BUDGET, config_for
+from trwkv.ops.wkv import chunk
+from trwkv.report import environment
+
+SMS, CLOCK, COPY = 132, 1.98e9, 4.3e12
+ISSUE = SMS * CLOCK * 4 * 32  # instructions of one lane per second
+SPECIAL = SMS * CLOCK * 16
+B, T, C = 32, 2048, 1024  # enough to fill the machine: one chunk per row
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def launches(P: int, dtype: torch.dtype) -> dict[str, Launch]:
+    """The last launch of a training step's forward and backward, weights [P, C], shared k and v."""
+    w, weights = torch.empty(P, C), torch.empty(P, C)
+    k = torch.empty(B, T, C, dtype=dtype)
+    with record_launches() as recorded:
+        common = (w, w, k, k, weights, None, None, False)
+        output, _, saved = chunk.chunk_forward(*common, save=True)
+        forward = recorded[-1]
+        chunk.chunk_backward(output, None, *common, saved)
+    return {"forward": forward, "backward": recorded[-1]}
+
+
+def row(name: str, launch: Launch, P: int, dtype: str, capability: int) -> dict[str, Any]:
+    config = config_for(P)
+    channels, tokens = (
+        (config.fwd_block_c, config.fwd_block_t)
+        if name == "forward"
+        else (config.bwd_block_c, config.bwd_block_t)
+    )
+    compiled = launch.compile(capability)
+    cost = resources(compiled)
+    paths = fast_paths(machine_code(compiled), exponentials=tokens * channels // 32)
+    total = sum(paths[1:], paths[0]) if paths else FastPath({}, 0)
+    elements = tokens * channels / 32  # of one lane
+    accesses = 3 if name == "forward" else 5
+    size = DTYPES[dtype].itemsize
+    issue = total.instructions / elements / ISSUE * 1e12
+    special = total.count("MUFU", "F2I", "FRND", "I2F") / elements / SPECIAL * 1e12
+    memory = accesses * size / COPY * 1e12
+    return {
+        "kernel": name, "P": P, "dtype": dtype, "sm": capability, "block": [channels, tokens],
+        "registers": cost.registers, "spill_bytes": cost.spill_bytes, "loops": len(paths),
+        "instructions_per_element": total.instructions / elements,
+        "special_per_element": total.count("MUFU", "F2I", "FRND", "I2F") / elements,
+        "fma_per_element": total.count("FFMA", "FMUL", "FADD") / elements,
+        "loads_per_element": total.count("LDG") / elements, "stores_per_element": total.count("STG") / elements,
+        "budget": INSTRUCTION_BUDGET.get((name, P)),
+        "ps_issue": issue, "ps_special": special, "ps_memory": memory, "ps_floor": max(issue, special, memory),
+    }  # fmt: skip
+
+
+def problems(rows: list[dict[str, Any]]) -> list[str]:
+    """What `--check` objects to."""
+    found = []
+    for r in rows:
+        label = f"{r['kernel']} P = {r['P']} {r['dtype']} sm_{r['sm']}"
+        if r["spill_bytes"]:
+            found.append(f"{label}: {r['spill_bytes']} bytes spilled")
+        expected = 1 if r["kernel"] == "forward" else 2  # the backward walks each tile forwards, then back
+        if r["loops"] != expected:
+            found.append(f"{label}: expected {expected} tile loops; found {r['loops']}")
+        if r["budget"] is not None and r["instructions_per_element"] > r["budget"]:
+            found.append(f"{label}: {r['instructions_per_element']:.1f} instructions, budget {r['budget']}")
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = (
+        "kernel P dtype sm block registers instr special fma loads stores budget issue special memory floor"
+    )
+    lines = [
+        "| kernel | P | dtype | sm | block | registers | instr. | special | fma | loads | stores | budget "
+        "| issue ps | special ps | memory ps | floor ps |",
+        "|" + "---|" * len(head.split()),
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['kernel']} | {r['P']} | {r['dtype']} | {r['sm']} | {r['block'][0]}x{r['block'][1]} "
+            f"| {r['registers']} | {r['instructions_per_element']:.1f} | {r['special_per_element']:.2f} "
+            f"| {r['fma_per_element']:.1f} | {r['loads_per_element']:.2f} | {r['stores_per_element']:.2f} "
+            f"| {r['budget'] or ''} | {r['ps_issue']:.2f} | {r['ps_special']:.2f} | {r['ps_memory']:.2f} "
+            f"| {r['ps_floor']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--perspectives", default="1,2,3,4", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--capabilities", default="80,90", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--check", action="store_true", help="exit code 1 on a spill or above the budget")
+    options = parser.parse_args()
+    rows = []
+    for P in map(int, options.perspectives.split(",")):
+        for dtype in options.dtypes.split(","):
+            for name, launch in launches(P, DTYPES[dtype]).items():
+                for capability in map(int, options.capabilities.split(",")):
+                    rows.append(row(name, launch, P, dtype, capability))
+                    print(f"{name} P = {P} {dtype} sm_{capability} compiled", file=sys.stderr)
+    print(table(rows))
+    if options.json:
+        options.json.write_text(
+            json.dumps({"environment": environment("cpu"), "rows": rows}, indent=1) + "\n"
+        )
+    found = problems(rows)
+    print("\n".join(found) if found else "no spill, nothing above its budget")
+    sys.exit(bool(found) and options.check)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Reads machine code: the loops over tiles, and what an iteration that stays on the fast path executes."""
+
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trwkv.ops._compile import _tool
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+_TARGET = re.compile(r"\((\.L_\w+)\)")
+
+
+@dataclass
+class FastPath:
+    """Instructions of one iteration, by opcode with its modifiers, and their number."""
+
+    opcodes: dict[str, int]
+    instructions: int
+
+    def count(self, *names: str) -> int:
+        """How many begin with one of these names."""
+        return sum(n for opcode, n in self.opcodes.items() if opcode.split(".")[0] in names)
+
+    def __add__(self, other: "FastPath") -> "FastPath":
+        opcodes = Counter(self.opcodes) + Counter(other.opcodes)
+        return FastPath(dict(opcodes), self.instructions + other.instructions)
+
+
+def machine_code(compiled: Any) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        return _tool("nvdisasm", "-c", str(binary))
+
+
+def fast_paths(code: str, *, exponentials: int) -> list[FastPath]:
+    """One for every loop that itself, not in a loop within, computes that many exponentials or more."""
+    program: list[tuple[str, str, bool]] = []  # opcode, target label, whether it is predicated
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if line.startswith(".L_"):
+            labels[line.split(":")[0]] = len(program)
+        elif match := _INSTRUCTION.match(line):
+            target = _TARGET.search(match[3]) if match[2].startswith("BRA") else None
+            is_conditional = bool(match[1]) or bool(re.search(r"BRA\s+!?U?P\d", match[2] + match[3]))
+            program.append((match[2], target[1] if target else "", is_conditional))
+    loops = [
+        (labels[target], at)
+        for at, (opcode, target, _) in enumerate(program)
+        if opcode.startswith("BRA") and labels.get(target, at) < at
+    ]
+    paths = []
+    for begin, end in loops:
+        inner = [loop for loop in loops if begin <= loop[0] and loop[1] <= end and loop != (begin, end)]
+        path = _follow(program, labels, begin, end, inner)
+        if path.opcodes.get("MUFU.EX2", 0) >= exponentials:
+            paths.append(path)
+    return paths
+
+
+def _follow(
+    program: list[tuple[str, str, bool]],
+    labels: dict[str, int],
+    begin: int,
+    end: int,
+    inner: list[tuple[int, int]],
+) -> FastPath:
+    """From the loop's first instruction to its branch back: of all ways around the loops within, the one that computes
+    most exponentials, which are unrolled on the fast path alone.
+    """
+    after: dict[int, int] = {}  # the next instruction
+    most: dict[int, float] = {end: 0.0}  # exponentials from here to the end
+    for at in range(end - 1, begin - 1, -1):
+        opcode, target, is_conditional = program[at]
+        goes_to = labels.get(target, -1) if opcode.startswith("BRA") else -1
+        ways = [] if opcode.startswith("BRA") and not is_conditional else [at + 1]
+        ways += [goes_to] if at < goes_to <= end else []
+        best = max(ways, key=lambda way: most[way], default=end)
+        is_within = any(a <= at <= b for a, b in inner)
+        most[at] = float("-inf") if is_within or not ways else most[best] + (opcode == "MUFU.EX2")
+        after[at] = best
+    opcodes: Counter[str] = Counter()
+    at = begin
+    while True:
+        opcodes[program[at][0]] += 1
+        if at == end:
+            return FastPath(dict(opcodes), sum(opcodes.values()))
+        at = after[at]
