@@ -1,6 +1,6 @@
 """What the compiled kernels cost, without a GPU: registers, spills, and instructions per element of the fast path.
 
-    python benchmarks/static_report.py                            # P = 1 to 4, sm_80 and sm_90; minutes, all compilation
+    python benchmarks/static_report.py   # P = 1 to 4, sm_80 and sm_90; minutes
     python benchmarks/static_report.py --perspectives 1 --capabilities 90 --dtypes bfloat16
     python benchmarks/static_report.py --json FILE --check        # exit code 1 on a spill or above the budget
 
@@ -91,14 +91,21 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = (
-        "kernel P dtype sm block registers instr special fma loads stores budget issue special memory floor"
+    names = (
+        "kernel",
+        "P",
+        "dtype",
+        "sm",
+        "block",
+        "registers",
+        "instructions",
+        "special",
+        "fma",
+        "loads",
+        "stores",
     )
-    lines = [
-        "| kernel | P | dtype | sm | block | registers | instr. | special | fma | loads | stores | budget "
-        "| issue ps | special ps | memory ps | floor ps |",
-        "|" + "---|" * len(head.split()),
-    ]
+    names += ("budget", "issue ps", "special ps", "memory ps", "floor ps")
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for r in rows:
         lines.append(
             f"| {r['kernel']} | {r['P']} | {r['dtype']} | {r['sm']} | {r['block'][0]}x{r['block'][1]} "
