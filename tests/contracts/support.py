@@ -14,11 +14,6 @@ CHUNKED = ["wkv/torch-chunk", "wkv/triton-chunk", "wkv_states/torch", "wkv_state
 SIZES = {"T": 9, "P": 2}
 """Sizes at which the interpreter finishes; with its blocks of 4 tokens, two full tiles and a ragged one."""
 
-DRIFTS = pytest.mark.xfail(
-    strict=True,
-    reason="the kernels' sums drift by a rounding a step while nothing joins them: MATH.md, section 4",
-)
-
 
 def everywhere(contract: str = "agreement", **wanted: Any) -> pytest.MarkDecorator:
     """The test's argument `implementation`: all to which the contract applies, and whose attributes are as wanted."""

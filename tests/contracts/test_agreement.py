@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.contracts.support import CHUNKED, DRIFTS, case_of, everywhere, hold
+from tests.contracts.support import CHUNKED, case_of, everywhere, hold
 from trwkv.ops.wkv.reference import direct_states, direct_wkv
 from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Implementation, truth_of
 
@@ -13,9 +13,7 @@ def test_agreement(implementation: Implementation) -> None:
     hold("agreement", implementation, times=2 if implementation.is_interpreted else 1)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=DRIFTS) if x == "wkv_states/triton" else x for x in CHUNKED]
-)
+@pytest.mark.parametrize("name", CHUNKED)
 def test_across_chunks(name: str) -> None:
     """Three chunks of 64, the last one ragged: summaries, scan and outputs, forward and back."""
     implementation = IMPLEMENTATIONS[name]

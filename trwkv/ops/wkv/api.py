@@ -87,8 +87,8 @@ def multi_perspective_wkv(
         that is empty) the final state is a copy of the initial one, or a fresh one.
 
     Range: any finite w (positive, growing ones too), u, k, v are computed to float32 accuracy; on "triton" |k|, |exp|
-    and T w up to 8e6, beyond which k is clamped, |v| up to 1e37, and but for a slow drift of sums that no token joins
-    (MATH.md, section 4). NaN and infinities spread within their sequence and channel alone.
+    and T w up to 8e6, beyond which k is clamped, and |v| up to 1e37. NaN and infinities spread within their sequence
+    and channel alone.
 
     Types: k, v, w, u and weights in float32, bfloat16 or float16, mixed as you like; arithmetic and state are
     float32. float64 k and v (both or neither) compute in float64, on "torch" and "reference"; the state is then

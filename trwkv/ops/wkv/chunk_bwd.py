@@ -14,14 +14,16 @@ import triton.language as tl
 from trwkv.ops.wkv.chunk_bwd_tiles import walk_tile_back
 from trwkv.ops.wkv.chunk_fwd import load_tile, walk_tile
 from trwkv.ops.wkv.kernel_math import (
+    carry,
+    load_decay,
     load_row,
     load_triple,
     load_vectors,
     pow2,
     scale_exactly,
-    split_log,
     store_triple,
     user_exponent,
+    zeros,
 )
 from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk, locate_sequence
 
@@ -120,13 +122,10 @@ def wkv_chunk_bwd_kernel(
         a, b, O = load_triple(p_adjoint + 3 * P * C, c, C, P, BLOCK_C)
     else:
         a, b, O = load_last_adjoint(p_end, p_final, c, C, P, BLOCK_C, False)
-    dw = ()
-    du = ()
-    dweights = ()
-    for _ in tl.static_range(P):
-        dw += (tl.zeros([BLOCK_C], tl.float32),)
-        du += (tl.zeros([BLOCK_C], tl.float32),)
-        dweights += (tl.zeros([BLOCK_C], tl.float32),)
+    rest = zeros(2 * P, BLOCK_C)
+    dw = zeros(P, BLOCK_C)
+    du = zeros(P, BLOCK_C)
+    dweights = zeros(P, BLOCK_C)
 
     n_segments = (end - begin + SEGMENT - 1) // SEGMENT
     for i_s in range(n_segments):
@@ -136,21 +135,22 @@ def wkv_chunk_bwd_kernel(
         A, B, A_exponent = load_triple(
             p_states + (segment // SEGMENT).to(tl.int64) * (3 * P * C), c, C, P, BLOCK_C
         )
+        state_rest = zeros(2 * P, BLOCK_C)
         for i in range(n_tiles):
             store_triple(p_scratch + i * (3 * P * BLOCK_C), lane, A, B, A_exponent, BLOCK_C, P, BLOCK_C)
             if i + 1 < n_tiles:
                 t0 = segment + i * BLOCK_T
                 tile = load_tile(k, v, row0, t0, stop, c, C, BLOCK_C, BLOCK_T, STEP)
-                A, B, A_exponent = walk_tile(
-                    A, B, A_exponent, vectors, tile, k, v, weights, grad_k, 0, row0, t0, stop, c,
+                A, B, A_exponent, state_rest = walk_tile(
+                    A, B, A_exponent, state_rest, vectors, tile, k, v, weights, grad_k, 0, row0, t0, stop, c,
                     C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, "none", APPROX,
                 )  # fmt: skip
         tl.debug_barrier()  # the scratch rows are read back by other lanes if the compiler lays them out otherwise
         for i in range(n_tiles):
             at = n_tiles - 1 - i
             A, B, A_exponent = load_triple(p_scratch + at * (3 * P * BLOCK_C), lane, BLOCK_C, P, BLOCK_C)
-            a, b, O, dw, du, dweights = walk_tile_back(
-                a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
+            a, b, O, rest, dw, du, dweights = walk_tile_back(
+                a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
                 grad_k, grad_v, grad_weights, row0, segment + at * BLOCK_T, stop, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
             )  # fmt: skip
@@ -184,12 +184,8 @@ def wkv_chunk_bwd_scan_kernel(
     if VARLEN:
         if length <= chunk_len:
             return
-    decay = ()
-    decay_exponent = ()
-    for p in tl.static_range(P):
-        mantissa, exponent = split_log(load_row(w + p * C, c, C, BLOCK_C, 0.0), chunk_len.to(tl.float64))
-        decay += (mantissa.to(tl.float32),)
-        decay_exponent += (exponent,)
+    decay, decay_low, decay_exponent = load_decay(w, c, chunk_len.to(tl.float64), C, P, BLOCK_C)
+    rest = zeros(2 * P, BLOCK_C)
     slot0 = first_slot(i_s, first, chunk_len, n_chunks, VARLEN, 1)
     p_slot = adjoints + (slot0 + (length - 1) // chunk_len) * (3 * P * C)
     a, b, O = load_triple(p_slot, c, C, P, BLOCK_C)
@@ -198,11 +194,20 @@ def wkv_chunk_bwd_scan_kernel(
         a_chunk, b_chunk, O_chunk = load_triple(p_slot, c, C, P, BLOCK_C)
         a_next = ()
         b_next = ()
+        a_rest = ()
+        b_rest = ()
         for p in tl.static_range(P):
-            kept = decay[p] * pow2(O_chunk[p] + decay_exponent[p] - O[p])
-            a_next += (tl.fma(a[p], kept, a_chunk[p]),)
-            b_next += (tl.fma(b[p], kept, b_chunk[p]),)
+            scale = pow2(O_chunk[p] + decay_exponent[p] - O[p])
+            a_joined = tl.fma(rest[p] * scale, decay[p], a_chunk[p])
+            b_joined = tl.fma(rest[P + p] * scale, decay[p], b_chunk[p])
+            p_a, p_a_rest = carry(a[p] * scale, a_joined, decay[p], decay_low[p])
+            p_b, p_b_rest = carry(b[p] * scale, b_joined, decay[p], decay_low[p])
+            a_next += (p_a,)
+            b_next += (p_b,)
+            a_rest += (p_a_rest,)
+            b_rest += (p_b_rest,)
         a = a_next
         b = b_next
         O = O_chunk
+        rest = a_rest + b_rest
         store_triple(p_slot, c, a, b, O, C, P, BLOCK_C)

@@ -9,6 +9,7 @@ import triton.language as tl
 from trwkv.ops.wkv.chunk_fwd import load_tile, load_weights, tile_stabiliser
 from trwkv.ops.wkv.kernel_math import (
     EMPTY,
+    carry,
     exact_output,
     exact_update,
     exp_near,
@@ -60,25 +61,24 @@ def store_token_grads(
 
 @triton.jit
 def fast_tile_bwd(
-    a, b, O, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
+    a, b, O, rest, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
     grad_k, grad_v, grad_weights, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back."""
-    decay, decay_exponent, defect, bonus, bonus_exponent = vectors
+    decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
     W = ()
-    first = ()  # what the first step of a tile adds to the decay
     U = ()
     A_rows = ()  # entry j * P + p: before token j
     B_rows = ()
     a_row = ()
     b_row = ()
+    joined = ()
     dw_tile = ()
     du_tile = ()
     for p in tl.static_range(P):
         W += (decay[p] * pow2(decay_exponent[p]),)
-        first += (defect[p] * pow2(decay_exponent[p]),)
         U += (bonus[p] * pow2(bonus_exponent[p]),)
         A_rows += (A[p] * pow2(A_exponent[p] - top),)
         B_rows += (B[p] * pow2(A_exponent[p] - top),)
@@ -86,6 +86,10 @@ def fast_tile_bwd(
         b_row += (b[p] * pow2(top - O[p]),)
         dw_tile += (tl.zeros([BLOCK_C], tl.float32),)
         du_tile += (tl.zeros([BLOCK_C], tl.float32),)
+    for i in tl.static_range(2 * P):
+        joined += (rest[i] * pow2(top - O[i % P]),)
+    a_end = a_row
+    b_end = b_row
     a = a_row
     b = b_row
     e_rows = ()
@@ -94,12 +98,8 @@ def fast_tile_bwd(
         if j + 1 < BLOCK_T:
             ev = e_rows[j] * v_rows[j].to(tl.float32)
             for p in tl.static_range(P):
-                if j == 0:
-                    A_rows += (tl.fma(A_rows[p], W[p], tl.fma(A_rows[p], first[p], ev)),)
-                    B_rows += (tl.fma(B_rows[p], W[p], tl.fma(B_rows[p], first[p], e_rows[0])),)
-                else:
-                    A_rows += (tl.fma(A_rows[j * P + p], W[p], ev),)
-                    B_rows += (tl.fma(B_rows[j * P + p], W[p], e_rows[j]),)
+                A_rows += (tl.fma(A_rows[j * P + p], W[p], ev),)
+                B_rows += (tl.fma(B_rows[j * P + p], W[p], e_rows[j]),)
     for j in tl.static_range(BLOCK_T - 1, -1, -1):
         e = e_rows[j]
         j_v = v_rows[j].to(tl.float32)
@@ -110,6 +110,8 @@ def fast_tile_bwd(
         y = ()
         a_next = ()
         b_next = ()
+        a_joined = ()
+        b_joined = ()
         du_next = ()
         dw_next = ()
         dweights_next = ()
@@ -126,14 +128,13 @@ def fast_tile_bwd(
                 du_next += (tl.fma(ev, grad_num, tl.fma(e, grad_den, du_tile[p])),)
                 dw_next += (tl.fma(a[p], j_A, tl.fma(b[p], j_B, dw_tile[p])),)
                 dweights_next += (tl.fma(g, y[p], dweights[p]),)
-            if j == 0:
-                a_next += (tl.fma(W[p], a[p], tl.fma(first[p], a[p], grad_num)),)
-                b_next += (tl.fma(W[p], b[p], tl.fma(first[p], b[p], grad_den)),)
-            else:
-                a_next += (tl.fma(W[p], a[p], grad_num),)
-                b_next += (tl.fma(W[p], b[p], grad_den),)
+            a_next += (tl.fma(W[p], a[p], grad_num),)
+            b_next += (tl.fma(W[p], b[p], grad_den),)
+            a_joined += (tl.fma(W[p], joined[p], grad_num),)
+            b_joined += (tl.fma(W[p], joined[P + p], grad_den),)
         a = a_next
         b = b_next
+        joined = a_joined + b_joined
         if GRADS:
             du_tile = du_next
             dw_tile = dw_next
@@ -155,20 +156,31 @@ def fast_tile_bwd(
                 BLOCK_C,
                 WEIGHTS,
             )
+    a_begin = ()
+    b_begin = ()
     O_begin = ()
+    a_rest = ()
+    b_rest = ()
     dw_next = ()
     du_next = ()
     for p in tl.static_range(P):
+        size = pow2(tile_exponent[p])
+        p_a, p_a_rest = carry(a_end[p], joined[p], tile_decay[p] * size, tile_decay_low[p] * size)
+        p_b, p_b_rest = carry(b_end[p], joined[P + p], tile_decay[p] * size, tile_decay_low[p] * size)
+        a_begin += (p_a,)
+        b_begin += (p_b,)
         O_begin += (top,)
+        a_rest += (p_a_rest,)
+        b_rest += (p_b_rest,)
         dw_next += (tl.fma(W[p], dw_tile[p], dw[p]),)
         du_next += (tl.fma(U[p], du_tile[p], du[p]),)
-    return a, b, O_begin, dw_next, du_next, dweights
+    return a_begin, b_begin, O_begin, a_rest + b_rest, dw_next, du_next, dweights
 
 
 @triton.jit
 def exact_token_bwd(
-    a, b, O, dw, du, dweights, A, B, A_exponent, e, k_exponent, v, grad_y, g,
-    decay, defect, decay_exponent, bonus, bonus_exponent, is_first, P: tl.constexpr, APPROX: tl.constexpr,
+    a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, k_exponent, v, grad_y, g,
+    decay, decay_exponent, bonus, bonus_exponent, P: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """One token back, whatever the exponents: no factor 2^n below has n > 1."""
     from_num = tl.zeros_like(e)
@@ -177,6 +189,8 @@ def exact_token_bwd(
     a_next = ()
     b_next = ()
     O_next = ()
+    a_joined = ()
+    b_joined = ()
     dw_next = ()
     du_next = ()
     dweights_next = ()
@@ -197,25 +211,30 @@ def exact_token_bwd(
         # An empty state has no exponent of its own: take the largest that keeps both factors below within 1.
         before = tl.where(A_exponent[p] == EMPTY, tl.minimum(top, O[p] - decay_exponent[p]), A_exponent[p])
         now = pow2(before - top)
-        scale = pow2(before + decay_exponent[p] - O[p])
-        kept = decay[p] * scale
-        first = tl.where(is_first, defect[p], 0.0) * scale
-        a_next += (tl.fma(kept, a[p], tl.fma(first, a[p], now * grad_num)),)
-        b_next += (tl.fma(kept, b[p], tl.fma(first, b[p], now * grad_den)),)
+        kept = decay[p] * pow2(before + decay_exponent[p] - O[p])
+        grad_num = now * grad_num
+        grad_den = now * grad_den
+        a_next += (tl.fma(kept, a[p], grad_num),)
+        b_next += (tl.fma(kept, b[p], grad_den),)
+        a_joined += (tl.fma(kept, joined[p], grad_num),)
+        b_joined += (tl.fma(kept, joined[P + p], grad_den),)
         O_next += (before,)
-    return a_next, b_next, O_next, dw_next, du_next, dweights_next, from_num, from_den, y
+    return a_next, b_next, O_next, a_joined + b_joined, dw_next, du_next, dweights_next, from_num, from_den, y
 
 
 @triton.jit
 def exact_tile_bwd(
-    a, b, O, dw, du, dweights, A0, B0, O0, vectors, k, v, weights, grad_output,
+    a, b, O, rest, dw, du, dweights, A0, B0, O0, vectors, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """Any data, up to BLOCK_T tokens: before each token the state is computed anew from the tile's start."""
-    decay, decay_exponent, defect, bonus, bonus_exponent = vectors
-    is_full = steps == BLOCK_T
+    decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
+    a_end = a
+    b_end = b
+    O_end = O
+    joined = rest
     for i in range(steps):
         at = steps - 1 - i
         A = A0
@@ -228,16 +247,8 @@ def exact_tile_bwd(
             B_next = ()
             O_next = ()
             for p in tl.static_range(P):
-                x, y, z = exact_update(
-                    A[p],
-                    B[p],
-                    A_exponent[p],
-                    decay[p],
-                    tl.where((m == 0) & is_full, defect[p], 0.0),
-                    decay_exponent[p],
-                    m_e,
-                    m_exponent,
-                    m_v,
+                x, y, z, _, _ = exact_update(
+                    A[p], B[p], A_exponent[p], 0.0, 0.0, decay[p], decay_exponent[p], m_e, m_exponent, m_v
                 )
                 A_next += (x,)
                 B_next += (y,)
@@ -248,21 +259,37 @@ def exact_tile_bwd(
         e, exponent = split_k(load_row(k + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
         grad_y, g = load_grad_y(grad_output, weights, row + at * STEP, c, C, P, BLOCK_C, WEIGHTS)
-        a, b, O, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
-            a, b, O, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
-            decay, defect, decay_exponent, bonus, bonus_exponent, (at == 0) & is_full, P, APPROX,
+        a, b, O, joined, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
+            a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
+            decay, decay_exponent, bonus, bonus_exponent, P, APPROX,
         )  # fmt: skip
         if GRADS:
             store_token_grads(
                 grad_k, grad_v, grad_weights, row + at * STEP, c, e, i_v, from_num, from_den, g, rows_y,
                 C, P, BLOCK_C, WEIGHTS,
             )  # fmt: skip
-    return a, b, O, dw, du, dweights
+    if steps == BLOCK_T:
+        a_begin = ()
+        b_begin = ()
+        a_rest = ()
+        b_rest = ()
+        for p in tl.static_range(P):
+            scale = pow2(O[p] + tile_exponent[p] - O_end[p])
+            p_a, p_a_rest = carry(a_end[p] * scale, joined[p], tile_decay[p], tile_decay_low[p])
+            p_b, p_b_rest = carry(b_end[p] * scale, joined[P + p], tile_decay[p], tile_decay_low[p])
+            a_begin += (p_a,)
+            b_begin += (p_b,)
+            a_rest += (p_a_rest,)
+            b_rest += (p_b_rest,)
+        a = a_begin
+        b = b_begin
+        rest = a_rest + b_rest
+    return a, b, O, rest, dw, du, dweights
 
 
 @triton.jit
 def walk_tile_back(
-    a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
+    a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
@@ -273,14 +300,14 @@ def walk_tile_back(
     k_rows, v_rows = load_tile(k, v, row0, t0, end, c, C, BLOCK_C, BLOCK_T, STEP)
     top, is_safe = tile_stabiliser(k_rows, A_exponent, vectors, P, BLOCK_T)
     if is_safe & is_full:
-        a, b, O, dw, du, dweights = fast_tile_bwd(
-            a, b, O, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
+        a, b, O, rest, dw, du, dweights = fast_tile_bwd(
+            a, b, O, rest, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
             grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
         )  # fmt: skip
     else:
-        a, b, O, dw, du, dweights = exact_tile_bwd(
-            a, b, O, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
+        a, b, O, rest, dw, du, dweights = exact_tile_bwd(
+            a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
             grad_k, grad_v, grad_weights, row, tl.minimum(BLOCK_T, end - t0), c,
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
         )  # fmt: skip
-    return a, b, O, dw, du, dweights
+    return a, b, O, rest, dw, du, dweights

@@ -5,6 +5,10 @@
 3. `wkv_chunk_fwd_kernel` with OUTPUT="y": the outputs. With a single chunk it is the only one that runs.
    With OUTPUT="states" it stores the state before every token instead, by the exact path alone: the fast one may lose
    a state that its tile's tokens outweigh.
+
+A tile's states follow from each other token by token. The next tile's first one does not: it is this tile's, decayed by
+the whole tile, plus what joined since, summed apart. `rest` is what rounding took from it, 2 P numbers (of A, then of
+B) that join the next tile's sum: a slow decay would lose the same amount again and again.
 """
 
 import triton
@@ -13,10 +17,13 @@ import triton.language as tl
 from trwkv.ops.wkv.kernel_math import (
     SAFE_BITS,
     SAFE_TOP,
+    carry,
     empty_state,
+    exact_carry,
     exact_output,
     exact_update,
     exp_near,
+    load_decay,
     load_row,
     load_triple,
     load_user_state,
@@ -26,11 +33,11 @@ from trwkv.ops.wkv.kernel_math import (
     reciprocal,
     scale_exactly,
     split_k,
-    split_log,
     store_row,
     store_triple,
     store_user_state,
     user_exponent,
+    zeros,
 )
 from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk, locate_sequence
 
@@ -90,7 +97,7 @@ def tile_stabiliser(k_rows, O, vectors, P: tl.constexpr, BLOCK_T: tl.constexpr):
     _, bottom = split_k(k_min)
     for p in tl.static_range(P):
         top = tl.maximum(top, O[p])
-    _, decay_exponent, _, _, bonus_exponent = vectors
+    _, decay_exponent, _, _, _, _, bonus_exponent = vectors
     safe = tl.abs(top) <= SAFE_TOP
     for p in tl.static_range(P):
         tokens = bottom - top + tl.minimum(bonus_exponent[p], 0.0) >= -SAFE_BITS
@@ -159,6 +166,7 @@ def wkv_chunk_fwd_kernel(
             A, B, O = load_triple(p_slot, c, C, P, BLOCK_C)
         elif HAS_INITIAL:
             A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
+    rest = zeros(2 * P, BLOCK_C)
 
     if OUTPUT != "states":
         tile = load_tile(k, v, row0, begin, end, c, C, BLOCK_C, BLOCK_T, STEP)
@@ -167,14 +175,14 @@ def wkv_chunk_fwd_kernel(
             if t0 % SEGMENT == 0:
                 store_triple(states + (slot0 + t0 // SEGMENT) * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
         if OUTPUT == "states":
-            A, B, O = exact_tile(
-                A, B, O, vectors, k, v, weights, output, plane, row0 + t0 * STEP, tl.minimum(BLOCK_T, end - t0), c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
+            A, B, O, rest = exact_tile(
+                A, B, O, rest, vectors, k, v, weights, output, plane, row0 + t0 * STEP, tl.minimum(BLOCK_T, end - t0),
+                c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
             )  # fmt: skip
         else:
             next_tile = load_tile(k, v, row0, t0 + BLOCK_T, end, c, C, BLOCK_C, BLOCK_T, STEP)
-            A, B, O = walk_tile(
-                A, B, O, vectors, tile, k, v, weights, output, plane, row0, t0, end, c,
+            A, B, O, rest = walk_tile(
+                A, B, O, rest, vectors, tile, k, v, weights, output, plane, row0, t0, end, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
             )  # fmt: skip
             tile = next_tile
@@ -208,7 +216,7 @@ def load_tile(
 
 @triton.jit
 def walk_tile(
-    A, B, O, vectors, tile, k, v, weights, output, plane, row0, t0, end, c,
+    A, B, O, rest, vectors, tile, k, v, weights, output, plane, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
@@ -218,35 +226,40 @@ def walk_tile(
     k_rows, v_rows = tile
     top, is_safe = tile_stabiliser(k_rows, O, vectors, P, BLOCK_T)
     if is_safe & is_full:
-        A, B, O = fast_tile(
-            A, B, O, top, k_rows, v_rows, vectors, weights, output, row, c,
+        A, B, O, rest = fast_tile(
+            A, B, O, rest, top, k_rows, v_rows, vectors, weights, output, row, c,
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
         )  # fmt: skip
     else:
-        A, B, O = exact_tile(
-            A, B, O, vectors, k, v, weights, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
+        A, B, O, rest = exact_tile(
+            A, B, O, rest, vectors, k, v, weights, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
         )  # fmt: skip
-    return A, B, O
+    return A, B, O, rest
 
 
 @triton.jit
 def fast_tile(
-    A, B, O, top, k_rows, v_rows, vectors, weights, output, row, c,
+    A, B, O, rest, top, k_rows, v_rows, vectors, weights, output, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """One exponent, `top`, for all perspectives and tokens: multiply-adds and a reciprocal per perspective."""
-    decay, decay_exponent, defect, bonus, bonus_exponent = vectors
+    decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
     W = ()
     U = ()
     A_row = ()
     B_row = ()
+    joined = ()
     for p in tl.static_range(P):
         W += (decay[p] * pow2(decay_exponent[p]),)
         U += (bonus[p] * pow2(bonus_exponent[p]),)
         A_row += (A[p] * pow2(O[p] - top),)
         B_row += (B[p] * pow2(O[p] - top),)
+    for i in tl.static_range(2 * P):
+        joined += (rest[i] * pow2(O[i % P] - top),)
+    A_begin = A_row
+    B_begin = B_row
     A = A_row
     B = B_row
     for j in tl.static_range(BLOCK_T):
@@ -256,41 +269,51 @@ def fast_tile(
         y = ()
         A_next = ()
         B_next = ()
+        joined_next = ()
         for p in tl.static_range(P):
             if OUTPUT == "y":
                 y += (tl.fma(U[p], ev, A[p]) * reciprocal(tl.fma(U[p], e, B[p]), APPROX),)
-            if j == 0:
-                first = defect[p] * pow2(decay_exponent[p])
-                A_next += (tl.fma(A[p], W[p], tl.fma(A[p], first, ev)),)
-                B_next += (tl.fma(B[p], W[p], tl.fma(B[p], first, e)),)
-            else:
-                A_next += (tl.fma(A[p], W[p], ev),)
-                B_next += (tl.fma(B[p], W[p], e),)
+            A_next += (tl.fma(A[p], W[p], ev),)
+            B_next += (tl.fma(B[p], W[p], e),)
+            joined_next += (tl.fma(joined[p], W[p], ev),)
+        for p in tl.static_range(P):
+            joined_next += (tl.fma(joined[P + p], W[p], e),)
         A = A_next
         B = B_next
+        joined = joined_next
         if OUTPUT == "y":
             store_output(output, row + j * STEP, c, y, weights, C, P, BLOCK_C, WEIGHTS)
     O_end = ()
     A_end = ()
     B_end = ()
+    A_rest = ()
+    B_rest = ()
     for p in tl.static_range(P):
-        a, b, o = normalise(A[p], B[p], top)
-        A_end += (a,)
-        B_end += (b,)
+        size = pow2(tile_exponent[p])
+        a, a_rest = carry(A_begin[p], joined[p], tile_decay[p] * size, tile_decay_low[p] * size)
+        b, b_rest = carry(B_begin[p], joined[P + p], tile_decay[p] * size, tile_decay_low[p] * size)
+        scale, o = normalise(a, b, top)
+        A_end += (a * scale,)
+        B_end += (b * scale,)
         O_end += (o,)
-    return A_end, B_end, O_end
+        A_rest += (a_rest * scale,)
+        B_rest += (b_rest * scale,)
+    return A_end, B_end, O_end, A_rest + B_rest
 
 
 @triton.jit
 def exact_tile(
-    A, B, O, vectors, k, v, weights, output, plane, row, steps, c,
+    A, B, O, rest, vectors, k, v, weights, output, plane, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """The same roundings as `fast_tile` with an exponent per perspective and step: any data, up to BLOCK_T tokens."""
-    decay, decay_exponent, defect, bonus, bonus_exponent = vectors
+    decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
+    A_begin = A
+    B_begin = B
+    O_begin = O
+    joined = rest
     for i in range(steps):
-        is_first = (i == 0) & (steps == BLOCK_T)
         i_row = row + i * STEP
         if OUTPUT == "states":
             store_token_state(output, plane, i_row, c, A, B, O, C, P, BLOCK_C)
@@ -300,30 +323,47 @@ def exact_tile(
         A_next = ()
         B_next = ()
         O_next = ()
+        A_joined = ()
+        B_joined = ()
         for p in tl.static_range(P):
             if OUTPUT == "y":
                 num, den, _ = exact_output(A[p], B[p], O[p], bonus[p], bonus_exponent[p], e, exponent, i_v)
                 y += (num * reciprocal(den, APPROX),)
-            a, b, o = exact_update(
-                A[p],
-                B[p],
-                O[p],
-                decay[p],
-                tl.where(is_first, defect[p], 0.0),
-                decay_exponent[p],
-                e,
-                exponent,
-                i_v,
+            a, b, o, a_joined, b_joined = exact_update(
+                A[p], B[p], O[p], joined[p], joined[P + p], decay[p], decay_exponent[p], e, exponent, i_v
             )
             A_next += (a,)
             B_next += (b,)
             O_next += (o,)
+            A_joined += (a_joined,)
+            B_joined += (b_joined,)
         A = A_next
         B = B_next
         O = O_next
+        joined = A_joined + B_joined
         if OUTPUT == "y":
             store_output(output, i_row, c, y, weights, C, P, BLOCK_C, WEIGHTS)
-    return A, B, O
+    if steps == BLOCK_T:
+        A_end = ()
+        B_end = ()
+        O_end = ()
+        A_rest = ()
+        B_rest = ()
+        for p in tl.static_range(P):
+            a, b, o, a_rest, b_rest = exact_carry(
+                A_begin[p], B_begin[p], O_begin[p], joined[p], joined[P + p], O[p],
+                tile_decay[p], tile_decay_low[p], tile_exponent[p],
+            )  # fmt: skip
+            A_end += (a,)
+            B_end += (b,)
+            O_end += (o,)
+            A_rest += (a_rest,)
+            B_rest += (b_rest,)
+        A = A_end
+        B = B_end
+        O = O_end
+        rest = A_rest + B_rest
+    return A, B, O, rest
 
 
 @triton.jit
@@ -351,12 +391,8 @@ def wkv_chunk_scan_kernel(
     A, B, O = empty_state(P, BLOCK_C)
     if HAS_INITIAL:
         A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
-    decay = ()
-    decay_exponent = ()
-    for p in tl.static_range(P):
-        mantissa, exponent = split_log(load_row(w + p * C, c, C, BLOCK_C, 0.0), chunk_len.to(tl.float64))
-        decay += (mantissa.to(tl.float32),)
-        decay_exponent += (exponent,)
+    decay, decay_low, decay_exponent = load_decay(w, c, chunk_len.to(tl.float64), C, P, BLOCK_C)
+    rest = zeros(2 * P, BLOCK_C)
     p_slot = states + slot0 * (3 * P * C)
     if length > 0:
         store_triple(p_slot, c, A, B, O, C, P, BLOCK_C)
@@ -366,18 +402,25 @@ def wkv_chunk_scan_kernel(
         A_next = ()
         B_next = ()
         O_next = ()
+        A_rest = ()
+        B_rest = ()
         for p in tl.static_range(P):
             decayed = O[p] + decay_exponent[p]
             top = tl.maximum(decayed, O_chunk[p])
             past = decay[p] * pow2(decayed - top)
             now = pow2(O_chunk[p] - top)
-            a, b, o = normalise(
-                tl.fma(A[p], past, A_chunk[p] * now), tl.fma(B[p], past, B_chunk[p] * now), top
+            A_joined = tl.fma(rest[p], past, A_chunk[p] * now)
+            B_joined = tl.fma(rest[P + p], past, B_chunk[p] * now)
+            a, b, o, a_rest, b_rest = exact_carry(
+                A[p], B[p], O[p], A_joined, B_joined, top, decay[p], decay_low[p], decay_exponent[p]
             )
             A_next += (a,)
             B_next += (b,)
             O_next += (o,)
+            A_rest += (a_rest,)
+            B_rest += (b_rest,)
         A = A_next
         B = B_next
         O = O_next
+        rest = A_rest + B_rest
         store_triple(p_slot, c, A, B, O, C, P, BLOCK_C)

@@ -98,42 +98,63 @@ def split_log(x, steps):
 
 
 @triton.jit
-def load_vectors(w, u, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Per perspective: mantissas and exponents of one step's decay and of the bonus, and the decay's defect.
+def load_decay(w, c, steps, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Per perspective, of the decay over so many steps: mantissa, what rounding took from it, exponent."""
+    mantissa = ()
+    low = ()
+    exponent = ()
+    for p in tl.static_range(P):
+        exact, n = split_log(load_row(w + p * C, c, C, BLOCK_C, 0.0), steps)
+        rounded = exact.to(tl.float32)
+        mantissa += (rounded,)
+        low += ((exact - rounded.to(tl.float64)).to(tl.float32),)
+        exponent += (n,)
+    return mantissa, low, exponent
 
-    The rounding f of the decay's mantissa W is systematic: over T steps it would grow with T. In the first step of each
-    full tile the decay is f + defect, defect = W^BLOCK_T / f^(BLOCK_T - 1) - f, so that a tile decays by W^BLOCK_T.
+
+@triton.jit
+def load_vectors(w, u, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Per perspective: mantissas and exponents of the decays of one step and of BLOCK_T steps, and of the bonus.
+
+    The decay of BLOCK_T steps comes with what rounding took from it.
     """
     decay = ()
     decay_exponent = ()
-    defect = ()
     bonus = ()
     bonus_exponent = ()
     for p in tl.static_range(P):
         exact, n = split_log(load_row(w + p * C, c, C, BLOCK_C, 0.0), 1.0)
-        rounded = exact.to(tl.float32)
-        power = exact
-        rounded_power = rounded.to(tl.float64)
-        for i in tl.static_range(10):
-            if 2**i < BLOCK_T:
-                power = power * power
-                rounded_power = rounded_power * rounded_power
-        decay += (rounded,)
+        decay += (exact.to(tl.float32),)
         decay_exponent += (n,)
-        defect += ((rounded * ((power - rounded_power) / rounded_power)).to(tl.float32),)
         exact, n = split_log(load_row(u + p * C, c, C, BLOCK_C, 0.0), 1.0)
         bonus += (exact.to(tl.float32),)
         bonus_exponent += (n,)
-    return decay, decay_exponent, defect, bonus, bonus_exponent
+    tile_decay, tile_decay_low, tile_exponent = load_decay(w, c, BLOCK_T * 1.0, C, P, BLOCK_C)
+    return decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent
 
 
 @triton.jit
 def normalise(A, B, O):
-    """The same state with B in [0.5, 1); an empty one gets O = EMPTY."""
+    """The power of two that brings B into [0.5, 1), and the exponent then: EMPTY if A = B = 0."""
     size = tl.where(B == 0.0, tl.abs(A), tl.abs(B))
     shift = (((size.to(tl.int32, bitcast=True) >> 23) & 255) - 126).to(tl.float32)
-    scale = pow2(-shift)
-    return A * scale, B * scale, tl.where(size == 0.0, EMPTY, O + shift)
+    return pow2(-shift), tl.where(size == 0.0, EMPTY, O + shift)
+
+
+@triton.jit
+def carry(x, joined, decay, decay_low):
+    """x * (decay + decay_low) + joined, and what rounding took from it."""
+    joined = tl.fma(x, decay_low, joined)
+    total = tl.fma(x, decay, joined)
+    return total, tl.fma(x, decay, -total) + joined
+
+
+@triton.jit
+def zeros(N: tl.constexpr, BLOCK_C: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(N):
+        out += (tl.zeros([BLOCK_C], tl.float32),)
+    return out
 
 
 @triton.jit
@@ -184,9 +205,9 @@ def load_user_state(ptr, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.conste
     O = ()
     for p in tl.static_range(P):
         scale, exponent = split_log(exp[p], 1.0)
-        a, b, o = normalise(num[p], den[p], exponent)
-        A += (scale_exactly(a, scale),)  # B may fall to 0.25: harmless, it is only a bound
-        B += (scale_exactly(b, scale),)
+        shift, o = normalise(num[p], den[p], exponent)
+        A += (scale_exactly(num[p] * shift, scale),)  # B may fall to 0.25: harmless, it is only a bound
+        B += (scale_exactly(den[p] * shift, scale),)
         O += (o,)
     return A, B, O
 
@@ -221,12 +242,30 @@ def exact_output(A, B, O, bonus, bonus_exponent, e, k_exponent, v):
 
 
 @triton.jit
-def exact_update(A, B, O, decay, defect, decay_exponent, e, k_exponent, v):
-    """One step of one perspective's state, whatever the exponents; its decay is `decay` + `defect`."""
+def exact_update(A, B, O, A_joined, B_joined, decay, decay_exponent, e, k_exponent, v):
+    """One step of one perspective's state and of the part of it that joined in this tile, whatever the exponents."""
     decayed = O + decay_exponent
     top = tl.maximum(decayed, k_exponent)
     past = pow2(decayed - top)
     now = pow2(k_exponent - top)
-    A = tl.fma(A * past, decay, tl.fma(A * past, defect, (e * v) * now))
-    B = tl.fma(B * past, decay, tl.fma(B * past, defect, e * now))
-    return normalise(A, B, top)
+    ev = (e * v) * now
+    e = e * now
+    A = tl.fma(A * past, decay, ev)
+    B = tl.fma(B * past, decay, e)
+    A_joined = tl.fma(A_joined * past, decay, ev)
+    B_joined = tl.fma(B_joined * past, decay, e)
+    scale, O = normalise(A, B, top)
+    return A * scale, B * scale, O, A_joined * scale, B_joined * scale
+
+
+@triton.jit
+def exact_carry(A, B, O, A_joined, B_joined, O_joined, tile_decay, tile_decay_low, tile_exponent):
+    """The state a tile's steps after (A, B, O), what rounding took from it, and their exponent."""
+    decayed = O + tile_exponent
+    top = tl.maximum(decayed, O_joined)
+    past = pow2(decayed - top)
+    now = pow2(O_joined - top)
+    A, A_rest = carry(A * past, A_joined * now, tile_decay, tile_decay_low)
+    B, B_rest = carry(B * past, B_joined * now, tile_decay, tile_decay_low)
+    scale, O = normalise(A, B, top)
+    return A * scale, B * scale, O, A_rest * scale, B_rest * scale

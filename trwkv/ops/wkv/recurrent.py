@@ -8,7 +8,7 @@ from torch import Tensor
 from trwkv.ops._dispatch import device_guard, is_approximate_reciprocal_available
 from trwkv.ops._tuning import config_for
 from trwkv.ops.wkv.chunk_fwd import exact_tile
-from trwkv.ops.wkv.kernel_math import empty_state, load_user_state, load_vectors, store_user_state
+from trwkv.ops.wkv.kernel_math import empty_state, load_user_state, load_vectors, store_user_state, zeros
 from trwkv.ops.wkv.kernel_rows import first_row, locate_sequence
 from trwkv.ops.wkv.layout import finish_output, finish_state, kernel_layout, state_without_tokens
 
@@ -46,9 +46,10 @@ def wkv_recurrent_fwd_kernel(
     A, B, O = empty_state(P, BLOCK_C)
     if HAS_INITIAL:
         A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
+    rest = zeros(2 * P, BLOCK_C)
     for t in range(0, length):
-        A, B, O = exact_tile(
-            A, B, O, vectors, k, v, weights, output, 0, row0 + t * STEP, 1, c,
+        A, B, O, rest = exact_tile(
+            A, B, O, rest, vectors, k, v, weights, output, 0, row0 + t * STEP, 1, c,
             C, P, BLOCK_C, 1, STEP, WEIGHTS, "y", APPROX,
         )  # fmt: skip
     store_user_state(final_state + i_s * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
