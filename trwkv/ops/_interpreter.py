@@ -6,7 +6,7 @@ from typing import Any
 def fuse_interpreted_multiply_add() -> None:
     """Makes Triton's interpreter round `tl.fma` on float32 once, as every GPU does; as it comes it rounds twice.
 
-    What a kernel adds below the last place (the defect of a slow decay, the end of k log2(e)) would be lost. The
+    What a kernel adds below the last place (what rounding takes from a sum, the end of k log2(e)) would be lost. The
     kernels' module calls this when it is imported for the interpreter.
     """
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -28,9 +28,9 @@ class Config:
 
 CONFIGS = {
     1: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
-    2: Config(fwd_block_c=64, fwd_block_t=8, bwd_block_c=64, bwd_block_t=4),
-    3: Config(fwd_block_c=64, fwd_block_t=8, bwd_block_c=32, bwd_block_t=4),
-    4: Config(fwd_block_c=64, fwd_block_t=8, bwd_block_c=32, bwd_block_t=4),
+    2: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
+    3: Config(fwd_block_c=64, fwd_block_t=8, bwd_block_c=32, bwd_block_t=8),
+    4: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
     8: Config(fwd_block_c=32, fwd_block_t=4, bwd_block_c=32, bwd_block_t=2),
 }
 

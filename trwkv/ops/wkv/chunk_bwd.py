@@ -15,6 +15,7 @@ from trwkv.ops.wkv.chunk_bwd_tiles import walk_tile_back
 from trwkv.ops.wkv.chunk_fwd import load_tile, walk_tile
 from trwkv.ops.wkv.kernel_math import (
     carry,
+    fast_vectors,
     load_decay,
     load_row,
     load_triple,
@@ -112,6 +113,7 @@ def wkv_chunk_bwd_kernel(
         grad_weights += i_c.to(tl.int64) * rows * P
 
     vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
+    fast = fast_vectors(vectors, P, BLOCK_T)
     p_final = grad_final_state
     if HAS_FINAL:
         p_final += i_s * (3 * P * C)
@@ -142,7 +144,7 @@ def wkv_chunk_bwd_kernel(
                 t0 = segment + i * BLOCK_T
                 tile = load_tile(k, v, row0, t0, stop, c, C, BLOCK_C, BLOCK_T, STEP)
                 A, B, A_exponent, state_rest = walk_tile(
-                    A, B, A_exponent, state_rest, vectors, tile, k, v, weights, grad_k, 0, row0, t0, stop, c,
+                    A, B, A_exponent, state_rest, vectors, fast, tile, k, v, weights, grad_k, 0, row0, t0, stop, c,
                     C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, "none", APPROX,
                 )  # fmt: skip
         tl.debug_barrier()  # the scratch rows are read back by other lanes if the compiler lays them out otherwise
@@ -150,7 +152,7 @@ def wkv_chunk_bwd_kernel(
             at = n_tiles - 1 - i
             A, B, A_exponent = load_triple(p_scratch + at * (3 * P * BLOCK_C), lane, BLOCK_C, P, BLOCK_C)
             a, b, O, rest, dw, du, dweights = walk_tile_back(
-                a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
+                a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, fast, k, v, weights, grad_output,
                 grad_k, grad_v, grad_weights, row0, segment + at * BLOCK_T, stop, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
             )  # fmt: skip

@@ -6,7 +6,7 @@ As in the forward there is a fast path, in one exponent, and an exact one for an
 import triton
 import triton.language as tl
 
-from trwkv.ops.wkv.chunk_fwd import load_tile, load_weights, tile_stabiliser
+from trwkv.ops.wkv.chunk_fwd import channel_weights, load_tile, tile_stabiliser, token_weights
 from trwkv.ops.wkv.kernel_math import (
     EMPTY,
     carry,
@@ -14,6 +14,7 @@ from trwkv.ops.wkv.kernel_math import (
     exact_update,
     exp_near,
     load_row,
+    negative,
     pow2,
     reciprocal,
     split_k,
@@ -23,15 +24,9 @@ from trwkv.ops.wkv.kernel_math import (
 
 @triton.jit
 def load_grad_y(
-    grad_output,
-    weights,
-    row,
-    c,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-):
+    grad_output, weights, of_channels, row, c,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
     """Gradient of each perspective's y at one token, and that of the aggregated output (zero when there is none)."""
     out = ()
     g = tl.zeros([BLOCK_C], tl.float32)
@@ -40,7 +35,7 @@ def load_grad_y(
             out += (load_row(grad_output + (row * P + p) * C, c, C, BLOCK_C, 0.0).to(tl.float32),)
     else:
         g = load_row(grad_output + row * C, c, C, BLOCK_C, 0.0).to(tl.float32)
-        weight = load_weights(weights, row, c, C, P, BLOCK_C, WEIGHTS)
+        weight = token_weights(weights, of_channels, row, P, WEIGHTS)
         for p in tl.static_range(P):
             out += (g * weight[p],)
     return out, g
@@ -61,15 +56,14 @@ def store_token_grads(
 
 @triton.jit
 def fast_tile_bwd(
-    a, b, O, rest, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
+    a, b, O, rest, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, fast, weights, grad_output,
     grad_k, grad_v, grad_weights, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back."""
-    decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
-    W = ()
-    U = ()
+    W, U, tile_W, tile_W_low, _, _ = fast
+    of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     A_rows = ()  # entry j * P + p: before token j
     B_rows = ()
     a_row = ()
@@ -78,8 +72,6 @@ def fast_tile_bwd(
     dw_tile = ()
     du_tile = ()
     for p in tl.static_range(P):
-        W += (decay[p] * pow2(decay_exponent[p]),)
-        U += (bonus[p] * pow2(bonus_exponent[p]),)
         A_rows += (A[p] * pow2(A_exponent[p] - top),)
         B_rows += (B[p] * pow2(A_exponent[p] - top),)
         a_row += (a[p] * pow2(top - O[p]),)
@@ -104,9 +96,7 @@ def fast_tile_bwd(
         e = e_rows[j]
         j_v = v_rows[j].to(tl.float32)
         ev = e * j_v
-        grad_y, g = load_grad_y(grad_output, weights, row + j * STEP, c, C, P, BLOCK_C, WEIGHTS)
-        from_num = tl.zeros([BLOCK_C], tl.float32)
-        from_den = tl.zeros([BLOCK_C], tl.float32)
+        grad_y, g = load_grad_y(grad_output, weights, of_channels, row + j * STEP, c, C, P, BLOCK_C, WEIGHTS)
         y = ()
         a_next = ()
         b_next = ()
@@ -121,13 +111,18 @@ def fast_tile_bwd(
             inverse = reciprocal(tl.fma(U[p], e, j_B), APPROX)
             y += (tl.fma(U[p], ev, j_A) * inverse,)
             grad_num = grad_y[p] * inverse
-            grad_den = -grad_num * y[p]
+            grad_den = negative(grad_num) * y[p]
             if GRADS:
-                from_num += tl.fma(U[p], grad_num, a[p])
-                from_den += tl.fma(U[p], grad_den, b[p])
+                if p == 0:
+                    from_num = tl.fma(U[p], grad_num, a[p])
+                    from_den = tl.fma(U[p], grad_den, b[p])
+                else:
+                    from_num += tl.fma(U[p], grad_num, a[p])
+                    from_den += tl.fma(U[p], grad_den, b[p])
                 du_next += (tl.fma(ev, grad_num, tl.fma(e, grad_den, du_tile[p])),)
                 dw_next += (tl.fma(a[p], j_A, tl.fma(b[p], j_B, dw_tile[p])),)
-                dweights_next += (tl.fma(g, y[p], dweights[p]),)
+                if WEIGHTS == "channel":
+                    dweights_next += (tl.fma(g, y[p], dweights[p]),)
             a_next += (tl.fma(W[p], a[p], grad_num),)
             b_next += (tl.fma(W[p], b[p], grad_den),)
             a_joined += (tl.fma(W[p], joined[p], grad_num),)
@@ -138,7 +133,8 @@ def fast_tile_bwd(
         if GRADS:
             du_tile = du_next
             dw_tile = dw_next
-            dweights = dweights_next
+            if WEIGHTS == "channel":
+                dweights = dweights_next
             store_token_grads(
                 grad_k,
                 grad_v,
@@ -164,9 +160,8 @@ def fast_tile_bwd(
     dw_next = ()
     du_next = ()
     for p in tl.static_range(P):
-        size = pow2(tile_exponent[p])
-        p_a, p_a_rest = carry(a_end[p], joined[p], tile_decay[p] * size, tile_decay_low[p] * size)
-        p_b, p_b_rest = carry(b_end[p], joined[P + p], tile_decay[p] * size, tile_decay_low[p] * size)
+        p_a, p_a_rest = carry(a_end[p], joined[p], tile_W[p], tile_W_low[p])
+        p_b, p_b_rest = carry(b_end[p], joined[P + p], tile_W[p], tile_W_low[p])
         a_begin += (p_a,)
         b_begin += (p_b,)
         O_begin += (top,)
@@ -199,7 +194,7 @@ def exact_token_bwd(
         inverse = reciprocal(den, APPROX)
         y += (num * inverse,)
         grad_num = grad_y[p] * inverse
-        grad_den = -grad_num * y[p]
+        grad_den = negative(grad_num) * y[p]
         own = bonus[p] * pow2(k_exponent + bonus_exponent[p] - top)
         later = pow2(k_exponent - O[p])
         from_num += tl.fma(own, grad_num, later * a[p])
@@ -231,6 +226,7 @@ def exact_tile_bwd(
 ):  # fmt: skip
     """Any data, up to BLOCK_T tokens: before each token the state is computed anew from the tile's start."""
     decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
+    of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     a_end = a
     b_end = b
     O_end = O
@@ -258,7 +254,7 @@ def exact_tile_bwd(
             A_exponent = O_next
         e, exponent = split_k(load_row(k + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
-        grad_y, g = load_grad_y(grad_output, weights, row + at * STEP, c, C, P, BLOCK_C, WEIGHTS)
+        grad_y, g = load_grad_y(grad_output, weights, of_channels, row + at * STEP, c, C, P, BLOCK_C, WEIGHTS)
         a, b, O, joined, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
             a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
             decay, decay_exponent, bonus, bonus_exponent, P, APPROX,
@@ -289,7 +285,7 @@ def exact_tile_bwd(
 
 @triton.jit
 def walk_tile_back(
-    a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
+    a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, fast, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
@@ -298,10 +294,10 @@ def walk_tile_back(
     row = row0 + t0 * STEP
     is_full = t0 + BLOCK_T <= end
     k_rows, v_rows = load_tile(k, v, row0, t0, end, c, C, BLOCK_C, BLOCK_T, STEP)
-    top, is_safe = tile_stabiliser(k_rows, A_exponent, vectors, P, BLOCK_T)
+    top, is_safe = tile_stabiliser(k_rows, A_exponent, fast, P, BLOCK_T)
     if is_safe & is_full:
         a, b, O, rest, dw, du, dweights = fast_tile_bwd(
-            a, b, O, rest, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, vectors, weights, grad_output,
+            a, b, O, rest, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, fast, weights, grad_output,
             grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
         )  # fmt: skip
     else:

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from trwkv.ops.wkv.kernel_math import (
-    SAFE_BITS,
     SAFE_TOP,
     carry,
     empty_state,
@@ -23,12 +22,14 @@ from trwkv.ops.wkv.kernel_math import (
     exact_output,
     exact_update,
     exp_near,
+    exponent_near,
+    fast_vectors,
     load_decay,
     load_row,
     load_triple,
     load_user_state,
     load_vectors,
-    normalise,
+    normalise_positive,
     pow2,
     reciprocal,
     scale_exactly,
@@ -43,29 +44,40 @@ from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk, locat
 
 
 @triton.jit
-def load_weights(
-    weights, row, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr
+def channel_weights(
+    weights, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr
 ):
-    """Aggregation weights of one token (`row` counts tokens over the batch): per channel or per token."""
-    out = ()
-    for p in tl.static_range(P):
-        if WEIGHTS == "channel":
+    """Aggregation weights [P, C], if they are such, to be loaded once for a tile."""
+    out = zeros(P, BLOCK_C)
+    if WEIGHTS == "channel":
+        out = ()
+        for p in tl.static_range(P):
             out += (load_row(weights + p * C, c, C, BLOCK_C, 0.0).to(tl.float32),)
-        else:
+    return out
+
+
+@triton.jit
+def token_weights(weights, of_channels, row, P: tl.constexpr, WEIGHTS: tl.constexpr):
+    """Aggregation weights of one token (`row` counts tokens over the batch)."""
+    out = of_channels
+    if WEIGHTS == "token":
+        out = ()
+        for p in tl.static_range(P):
             out += (tl.load(weights + row * P + p).to(tl.float32),)
     return out
 
 
 @triton.jit
 def store_output(
-    output, row, c, y, weights, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr
-):
+    output, row, c, y, weights, of_channels,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
     """y, one [BLOCK_C] per perspective, to output [.., P, C], or its weighted sum to [.., C]."""
     if WEIGHTS == "none":
         for p in tl.static_range(P):
             store_row(output + (row * P + p) * C, c, y[p], C, BLOCK_C)
     else:
-        w = load_weights(weights, row, c, C, P, BLOCK_C, WEIGHTS)
+        w = token_weights(weights, of_channels, row, P, WEIGHTS)
         total = w[0] * y[0]
         for p in tl.static_range(1, P):
             total = tl.fma(w[p], y[p], total)
@@ -86,25 +98,21 @@ def store_token_state(
 
 
 @triton.jit
-def tile_stabiliser(k_rows, O, vectors, P: tl.constexpr, BLOCK_T: tl.constexpr):
+def tile_stabiliser(k_rows, O, fast, P: tl.constexpr, BLOCK_T: tl.constexpr):
     """The exponent that one tile computes in, and whether every sum in it then stays within SAFE_BITS."""
     k_max = k_rows[0].to(tl.float32)
     k_min = k_max
     for j in tl.static_range(1, BLOCK_T):
         k_max = tl.maximum(k_max, k_rows[j].to(tl.float32))
         k_min = tl.minimum(k_min, k_rows[j].to(tl.float32))
-    _, top = split_k(k_max)
-    _, bottom = split_k(k_min)
+    top = exponent_near(k_max)
+    bottom = exponent_near(k_min)
     for p in tl.static_range(P):
         top = tl.maximum(top, O[p])
-    _, decay_exponent, _, _, _, _, bonus_exponent = vectors
-    safe = tl.abs(top) <= SAFE_TOP
+    _, _, _, _, token_limit, carried_limit = fast
+    safe = (tl.abs(top) <= SAFE_TOP) & (bottom >= -SAFE_TOP)
     for p in tl.static_range(P):
-        tokens = bottom - top + tl.minimum(bonus_exponent[p], 0.0) >= -SAFE_BITS
-        lowest = O[p] - top + BLOCK_T * (decay_exponent[p] - 1.0) - 2.0
-        carried = lowest >= tl.maximum(bonus_exponent[p], 0.0) - SAFE_BITS
-        bounded = (bonus_exponent[p] <= SAFE_BITS) & (BLOCK_T * decay_exponent[p] <= SAFE_BITS)
-        safe = safe & bounded & (tokens | carried)
+        safe = safe & ((bottom - top >= token_limit[p]) | (O[p] - top >= carried_limit[p]))
     return top, tl.min(safe.to(tl.int32), 0) > 0
 
 
@@ -160,6 +168,7 @@ def wkv_chunk_fwd_kernel(
     p_slot = states + (slot0 + i_n * slots_per_chunk) * (3 * P * C)
 
     vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
+    fast = fast_vectors(vectors, P, BLOCK_T)
     A, B, O = empty_state(P, BLOCK_C)
     if OUTPUT != "none":
         if not SINGLE:
@@ -182,7 +191,7 @@ def wkv_chunk_fwd_kernel(
         else:
             next_tile = load_tile(k, v, row0, t0 + BLOCK_T, end, c, C, BLOCK_C, BLOCK_T, STEP)
             A, B, O, rest = walk_tile(
-                A, B, O, rest, vectors, tile, k, v, weights, output, plane, row0, t0, end, c,
+                A, B, O, rest, vectors, fast, tile, k, v, weights, output, plane, row0, t0, end, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
             )  # fmt: skip
             tile = next_tile
@@ -216,7 +225,7 @@ def load_tile(
 
 @triton.jit
 def walk_tile(
-    A, B, O, rest, vectors, tile, k, v, weights, output, plane, row0, t0, end, c,
+    A, B, O, rest, vectors, fast, tile, k, v, weights, output, plane, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
@@ -224,10 +233,10 @@ def walk_tile(
     row = row0 + t0 * STEP
     is_full = t0 + BLOCK_T <= end
     k_rows, v_rows = tile
-    top, is_safe = tile_stabiliser(k_rows, O, vectors, P, BLOCK_T)
+    top, is_safe = tile_stabiliser(k_rows, O, fast, P, BLOCK_T)
     if is_safe & is_full:
         A, B, O, rest = fast_tile(
-            A, B, O, rest, top, k_rows, v_rows, vectors, weights, output, row, c,
+            A, B, O, rest, top, k_rows, v_rows, fast, weights, output, row, c,
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
         )  # fmt: skip
     else:
@@ -240,20 +249,17 @@ def walk_tile(
 
 @triton.jit
 def fast_tile(
-    A, B, O, rest, top, k_rows, v_rows, vectors, weights, output, row, c,
+    A, B, O, rest, top, k_rows, v_rows, fast, weights, output, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """One exponent, `top`, for all perspectives and tokens: multiply-adds and a reciprocal per perspective."""
-    decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
-    W = ()
-    U = ()
+    W, U, tile_W, tile_W_low, _, _ = fast
+    of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     A_row = ()
     B_row = ()
     joined = ()
     for p in tl.static_range(P):
-        W += (decay[p] * pow2(decay_exponent[p]),)
-        U += (bonus[p] * pow2(bonus_exponent[p]),)
         A_row += (A[p] * pow2(O[p] - top),)
         B_row += (B[p] * pow2(O[p] - top),)
     for i in tl.static_range(2 * P):
@@ -282,17 +288,16 @@ def fast_tile(
         B = B_next
         joined = joined_next
         if OUTPUT == "y":
-            store_output(output, row + j * STEP, c, y, weights, C, P, BLOCK_C, WEIGHTS)
+            store_output(output, row + j * STEP, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS)
     O_end = ()
     A_end = ()
     B_end = ()
     A_rest = ()
     B_rest = ()
     for p in tl.static_range(P):
-        size = pow2(tile_exponent[p])
-        a, a_rest = carry(A_begin[p], joined[p], tile_decay[p] * size, tile_decay_low[p] * size)
-        b, b_rest = carry(B_begin[p], joined[P + p], tile_decay[p] * size, tile_decay_low[p] * size)
-        scale, o = normalise(a, b, top)
+        a, a_rest = carry(A_begin[p], joined[p], tile_W[p], tile_W_low[p])
+        b, b_rest = carry(B_begin[p], joined[P + p], tile_W[p], tile_W_low[p])
+        scale, o = normalise_positive(b, top)
         A_end += (a * scale,)
         B_end += (b * scale,)
         O_end += (o,)
@@ -309,6 +314,7 @@ def exact_tile(
 ):  # fmt: skip
     """The same roundings as `fast_tile` with an exponent per perspective and step: any data, up to BLOCK_T tokens."""
     decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
+    of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     A_begin = A
     B_begin = B
     O_begin = O
@@ -342,7 +348,7 @@ def exact_tile(
         O = O_next
         joined = A_joined + B_joined
         if OUTPUT == "y":
-            store_output(output, i_row, c, y, weights, C, P, BLOCK_C, WEIGHTS)
+            store_output(output, i_row, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS)
     if steps == BLOCK_T:
         A_end = ()
         B_end = ()

@@ -25,27 +25,37 @@ K_LIMIT = tl.constexpr(8388608.0)  # 2^23: beyond it float32 exponents would sto
 SAFE_BITS = tl.constexpr(60.0)  # how far below the stabiliser a tile may reach on the fast path
 SAFE_TOP = tl.constexpr(1048576.0)  # 2^20: how far from 0 the stabiliser may be on the fast path
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: x + MAGIC is x rounded to an integer, held in the lowest bits
+MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
 def pow2(n):
-    """2^n exactly for integer-valued float32 n, taken for 127 above; 0 below -126."""
-    biased = tl.minimum(tl.maximum(n, -127.0), 127.0) + (
-        MAGIC + 127.0
-    )  # no conversion: it is as slow as exp2
+    """2^n exactly for integer-valued float32 n up to 127; 0 below -126."""
+    biased = tl.maximum(n, -127.0) + (MAGIC + 127.0)  # no conversion: it is as slow as exp2
     return (biased.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def negative(x):
+    """-x, which becomes part of the instruction that takes it; Triton's own is 0 - x, an instruction."""
+    return x * -1.0
 
 
 @triton.jit
 def mantissa_of(k, exponent):
     """exp(k) / 2^exponent, exponent the integer next to k log2(e)."""
-    return tl.exp2(tl.fma(k, LOG2E_LO, tl.fma(k, LOG2E, -exponent)))
+    return tl.exp2(tl.fma(k, LOG2E_LO, tl.fma(k, LOG2E, negative(exponent))))
+
+
+@triton.jit
+def exponent_near(k):
+    """The integer next to k log2(e) for |k| up to 2 SAFE_TOP; beyond that, something beyond SAFE_TOP as well."""
+    return tl.fma(k, LOG2E, MAGIC) - MAGIC
 
 
 @triton.jit
 def exp_near(k, top):
-    """exp(k) / 2^top, with the bits of `split_k`, for k up to SAFE_TOP; 0 where it is below 2^-126."""
-    k = tl.maximum(k, -2.0 * SAFE_TOP, propagate_nan=tl.PropagateNan.ALL)
+    """exp(k) / 2^top, with the bits of `split_k`, for |k| and |top| up to 2 SAFE_TOP; 0 where it is below 2^-126."""
     rounded = tl.fma(k, LOG2E, MAGIC)
     mantissa = mantissa_of(k, rounded - MAGIC)
     biased = rounded.to(tl.int32, bitcast=True) - ((top + MAGIC).to(tl.int32, bitcast=True) - 127)
@@ -57,8 +67,7 @@ def split_k(k):
     """exp(k) = mantissa * 2^exponent, mantissa in about [0.7, 1.42], exponent an integer. NaN stays NaN."""
     k = tl.maximum(k, -K_LIMIT, propagate_nan=tl.PropagateNan.ALL)
     k = tl.minimum(k, K_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    near = tl.fma(k, LOG2E, MAGIC) - MAGIC
-    exponent = tl.where(tl.abs(k) <= 2.0 * SAFE_TOP, near, tl.ceil(k * LOG2E))
+    exponent = tl.where(tl.abs(k) <= 2.0 * SAFE_TOP, exponent_near(k), tl.ceil(k * LOG2E))
     return mantissa_of(k, exponent), exponent
 
 
@@ -134,6 +143,33 @@ def load_vectors(w, u, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexp
 
 
 @triton.jit
+def fast_vectors(vectors, P: tl.constexpr, BLOCK_T: tl.constexpr):
+    """What the fast path takes of them, as plain numbers: decay, bonus, decay of a tile and its remainder; and how far
+    below the stabiliser tokens, or else the state, may lie.
+    """
+    decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
+    W = ()
+    U = ()
+    tile_W = ()
+    tile_W_low = ()
+    token_limit = ()
+    carried_limit = ()
+    for p in tl.static_range(P):
+        W += (decay[p] * pow2(decay_exponent[p]),)
+        U += (bonus[p] * pow2(bonus_exponent[p]),)
+        size = pow2(tile_exponent[p])
+        tile_W += (tile_decay[p] * size,)
+        tile_W_low += (tile_decay_low[p] * size,)
+        bounded = (bonus_exponent[p] <= SAFE_BITS) & (BLOCK_T * decay_exponent[p] <= SAFE_BITS)
+        limit = tl.where(bounded, -SAFE_BITS, float("inf"))
+        token_limit += (limit - tl.minimum(bonus_exponent[p], 0.0),)
+        carried_limit += (
+            limit + tl.maximum(bonus_exponent[p], 0.0) - BLOCK_T * (decay_exponent[p] - 1.0) + 2.0,
+        )
+    return W, U, tile_W, tile_W_low, token_limit, carried_limit
+
+
+@triton.jit
 def normalise(A, B, O):
     """The power of two that brings B into [0.5, 1), and the exponent then: EMPTY if A = B = 0."""
     size = tl.where(B == 0.0, tl.abs(A), tl.abs(B))
@@ -142,11 +178,19 @@ def normalise(A, B, O):
 
 
 @triton.jit
+def normalise_positive(B, O):
+    """`normalise` for B a normal number."""
+    field = (B.to(tl.int32, bitcast=True) >> 23) & 255
+    shift = (field | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 126.0)
+    return ((253 - field) << 23).to(tl.float32, bitcast=True), O + shift
+
+
+@triton.jit
 def carry(x, joined, decay, decay_low):
     """x * (decay + decay_low) + joined, and what rounding took from it."""
     joined = tl.fma(x, decay_low, joined)
     total = tl.fma(x, decay, joined)
-    return total, tl.fma(x, decay, -total) + joined
+    return total, tl.fma(x, decay, negative(total)) + joined
 
 
 @triton.jit

@@ -47,7 +47,7 @@ def wkv_recurrent_fwd_kernel(
     if HAS_INITIAL:
         A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
     rest = zeros(2 * P, BLOCK_C)
-    for t in range(0, length):
+    for t in range(length):
         A, B, O, rest = exact_tile(
             A, B, O, rest, vectors, k, v, weights, output, 0, row0 + t * STEP, 1, c,
             C, P, BLOCK_C, 1, STEP, WEIGHTS, "y", APPROX,
