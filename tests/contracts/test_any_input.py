@@ -80,6 +80,14 @@ def test_a_state_far_from_the_tokens(implementation: Implementation, exponent: f
     CONTRACTS["any finite input"](implementation, case)
 
 
+@everywhere()
+def test_masked_tokens(implementation: Implementation) -> None:
+    """k = -1e30, as masks have it, alone in a tile and beside others: such tokens weigh nothing."""
+    case = case_of(implementation, B=1, T=13, P=1, C=2, k_range=1.0)
+    case.k[:, [1, 4, 5, 6, 7, 10]] = -1e30
+    CONTRACTS["any finite input"](implementation, case)
+
+
 @pytest.mark.parametrize("name", ["wkv/torch-chunk", "wkv/triton-chunk", "wkv_states/torch"])
 def test_a_long_fall(name: str) -> None:
     """One token, then silence 200 nats below it: it fades by half a mantissa a step until the two are equal.
