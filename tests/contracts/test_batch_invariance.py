@@ -22,3 +22,10 @@ def test_many_packed_sequences(name: str) -> None:
     implementation = IMPLEMENTATIONS[name]
     case = case_of(implementation, B=1, T=9, P=1, C=19, cu_seqlens=(0, 0, 1, 2, 2, 8, 9, 9), k_range=40.0)
     CONTRACTS["neighbours"](implementation, case, at=4)
+
+
+@pytest.mark.parametrize("name", ["wkv/triton-chunk", "wkv_states/triton", "wkv/torch-chunk"])
+def test_lanes_on_either_path(name: str) -> None:
+    """NaN in one lane sends its neighbours to the exact path as well: it rounds as the fast one does."""
+    implementation = IMPLEMENTATIONS[name]
+    CONTRACTS["lanes"](implementation, case_of(implementation, B=1, T=18, P=1, C=8, k_range=12.0))
