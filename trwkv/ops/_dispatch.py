@@ -3,6 +3,8 @@
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,23 @@ def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
             f"backend: 'triton' needs tensors on a GPU (or TRITON_INTERPRET=1 set before the first call, to run "
             f"the kernels in Triton's interpreter); got tensors on {device.type!r}; use {others} there"
         )
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """What the driver calls the GPU; None for a CPU."""
+    return _gpu_name(device.index) if device.type == "cuda" else None
+
+
+@lru_cache(maxsize=64)
+def _gpu_name(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@lru_cache(maxsize=1)
+def tuning_file() -> Path:
+    """Where `trwkv.ops.tune` saves what it finds: TRWKV_TUNING_FILE (read once), or in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("TRWKV_TUNING_FILE") or os.path.join(cache, "trwkv", "tuning.json"))
 
 
 def device_guard(device: torch.device) -> AbstractContextManager:

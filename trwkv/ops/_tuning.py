@@ -1,8 +1,16 @@
-"""Kernel configurations: what ships, and a way to pin another one."""
+"""Kernel configurations: what ships, what `trwkv.ops.tune` found on a machine, and a way to pin another one."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trwkv.ops._dispatch import gpu_name, tuning_file
 
 SEGMENT = 64
 """Tokens between two states that the forward keeps for the backward: 3 P / 64 floats per token and channel."""
@@ -15,14 +23,15 @@ MAX_PERSPECTIVES = 8
 class Config:
     """One configuration of the chunk kernels. Every program is one warp over `block_c` channels.
 
-    The block sizes are chosen from the compiler's register report (no spill on sm_80 and sm_90), not yet from timings
-    on a GPU. `chunk_len` is the number of tokens a program walks: None lets `chunk_length` decide.
+    `programs` is the number of programs wanted in flight: with fewer (batch x channel blocks), T is divided among more.
+    `chunk_len` is the number of tokens a program walks: None lets `chunk_length` decide.
     """
 
     fwd_block_c: int
     fwd_block_t: int
     bwd_block_c: int
     bwd_block_t: int
+    programs: int = 2048  # about 16 on each of 132 multiprocessors
     chunk_len: int | None = None
 
 
@@ -33,6 +42,7 @@ CONFIGS = {
     4: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
     8: Config(fwd_block_c=32, fwd_block_t=4, bwd_block_c=32, bwd_block_t=2),
 }
+"""What ships. Measured on no GPU yet: chosen by the registers and instructions that the compiler reports (sm_90)."""
 
 INSTRUCTION_BUDGET = {
     ("forward", 1): 33.0,
@@ -44,19 +54,71 @@ INSTRUCTION_BUDGET = {
 """Instructions per token and channel that a tile's fast path may take, by kernel and P (bfloat16, sm_90); see
 `benchmarks/static_report.py --check`."""
 
-TARGET_PROGRAMS = 2048
-"""Programs (warps) wanted in flight on a large GPU: about 16 on each of 132 multiprocessors."""
-
 _pinned: list[Config] = []
 
 
-def config_for(P: int) -> Config:
-    """The configuration for P perspectives: that of the next larger P listed."""
+def config_for(P: int, k: torch.Tensor | None = None) -> Config:
+    """The configuration for P perspectives: for `k`'s GPU and dtype if one was saved, else that of the next larger P
+    that ships.
+    """
     if P > MAX_PERSPECTIVES:
         raise ValueError(
             f"w: the 'triton' backend takes at most {MAX_PERSPECTIVES} perspectives; got P = {P}; use backend='torch'"
         )
-    return _pinned[-1] if _pinned else CONFIGS[min(p for p in CONFIGS if p >= P)]
+    if _pinned:
+        return _pinned[-1]
+    if k is not None and (gpu := gpu_name(k.device)):
+        tuned = saved_configs(tuning_file()).get(gpu, {})
+        if tuned and (config := tuned.get(entry_name(P, k.dtype))):
+            return config
+    return CONFIGS[min(p for p in CONFIGS if p >= P)]
+
+
+def entry_name(P: int, dtype: torch.dtype) -> str:
+    return f"P = {P}, {str(dtype).removeprefix('torch.')}"
+
+
+@lru_cache(maxsize=4)
+def saved_configs(file: Path) -> dict[str, dict[str, Config]]:
+    """By GPU and entry, from the file that `save_config` writes; nothing if there is none."""
+    return {
+        gpu: {name: _config(entry, file, name) for name, entry in entries.items()}
+        for gpu, entries in _read(file).items()
+    }
+
+
+def save_config(file: Path, gpu: str, name: str, config: Config, measured: dict[str, Any]) -> None:
+    """Adds an entry to the file, or replaces it, together with what was measured."""
+    table = _read(file)
+    table.setdefault(gpu, {})[name] = {"config": asdict(config), "measured": measured}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    partial.replace(file)
+    saved_configs.cache_clear()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{file}: expected what `python -m trwkv.ops.tune` writes; got {error}") from error
+    if not isinstance(table, dict) or not all(isinstance(entries, dict) for entries in table.values()):
+        raise ValueError(f"{file}: expected entries by GPU, as `python -m trwkv.ops.tune` writes them")
+    return table
+
+
+def _config(entry: Any, file: Path, name: str) -> Config:
+    try:
+        config = Config(**entry["config"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{file}: {name}: expected a configuration; got {entry!r}") from error
+    sizes = (config.fwd_block_c, config.fwd_block_t, config.bwd_block_c, config.bwd_block_t, config.programs)
+    if not all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in sizes):
+        raise ValueError(f"{file}: {name}: expected powers of two; got {config}")
+    return config
 
 
 @contextmanager
@@ -77,6 +139,6 @@ def chunk_length(config: Config, B: int, T: int, C: int, block_c: int) -> int:
     if config.chunk_len is not None:
         return max(SEGMENT, -(-config.chunk_len // SEGMENT) * SEGMENT)
     columns = max(1, B) * -(-C // block_c)
-    chunks = max(1, min(TARGET_PROGRAMS // columns, T // (4 * SEGMENT)))
+    chunks = max(1, min(config.programs // columns, T // (4 * SEGMENT)))
     segments = -(-T // SEGMENT)
     return max(1, -(-segments // chunks)) * SEGMENT

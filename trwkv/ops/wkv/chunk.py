@@ -113,7 +113,7 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
     """Final state (but of empty packed sequences) and checkpoint. `kind`: what `output` is to hold, "y" or "states"."""
     B, T, P, C = call.sizes
     N = call.n_sequences
-    config = config_for(P)
+    config = config_for(P, call.k)
     plan = _plan(config, call, config.fwd_block_c)
     is_packed = call.cu_seqlens is not None
     slots = _checkpoint_slots(B, T, N if is_packed else None) if save else plan.programs
@@ -207,7 +207,7 @@ def _launch_backward(
     B, T, P, C = call.sizes
     N = call.n_sequences
     device = call.k.device
-    config = config_for(P)
+    config = config_for(P, call.k)
     block_t = config.bwd_block_t
     plan = _plan(config, call, config.bwd_block_c)
     is_packed = call.cu_seqlens is not None

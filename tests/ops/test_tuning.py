@@ -1,0 +1,102 @@
+"""Configurations that a search found: chosen by timing among right ones, saved, and taken by later calls."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from trwkv.ops import _dispatch, _tuning, tune
+from trwkv.ops._tuning import CONFIGS, config_for, entry_name, save_config, saved_configs
+
+FOUND = _tuning.Config(fwd_block_c=32, fwd_block_t=8, bwd_block_c=32, bwd_block_t=4, programs=1024)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    file = tmp_path / "cache" / "tuning.json"
+    monkeypatch.setenv("TRWKV_TUNING_FILE", str(file))
+    _dispatch.tuning_file.cache_clear()
+    saved_configs.cache_clear()
+    yield file
+    _dispatch.tuning_file.cache_clear()
+    saved_configs.cache_clear()
+
+
+@pytest.fixture
+def k(monkeypatch):
+    """A tensor whose device is taken for a GPU of some name."""
+    monkeypatch.setattr(_tuning, "gpu_name", lambda device: "Some GPU")
+    return torch.empty(1, 1, 1, dtype=torch.bfloat16)
+
+
+def test_a_saved_configuration_is_taken(file, k) -> None:
+    assert config_for(2, k) == CONFIGS[2]
+    save_config(file, "Some GPU", entry_name(2, torch.bfloat16), FOUND, {"forward": 1.0})
+    assert config_for(2, k) == FOUND
+    assert config_for(2, k.float()) == CONFIGS[2]
+    assert config_for(1, k) == CONFIGS[1]
+    assert config_for(2) == CONFIGS[2]
+    save_config(file, "Other GPU", entry_name(2, torch.bfloat16), CONFIGS[3], {})
+    assert config_for(2, k) == FOUND
+    assert json.loads(file.read_text())["Some GPU"]["P = 2, bfloat16"]["measured"] == {"forward": 1.0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"Some GPU": {"P = 2, bfloat16": {}}}',
+        '{"Some GPU": {"P = 2, bfloat16": {"config": {"fwd_block_c": 32}}}}',
+        json.dumps({"Some GPU": {"P = 2, bfloat16": {"config": vars(FOUND) | {"fwd_block_t": 3}}}}),
+    ],
+)
+def test_a_broken_file_is_named(file, k, text: str) -> None:
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(ValueError, match="tuning.json"):
+        config_for(2, k)
+
+
+def test_the_fastest_is_found(monkeypatch) -> None:
+    """By a clock that prefers one block size, and a number of programs on the single row."""
+    monkeypatch.setattr(tune, "BLOCK_C", (32,))
+    monkeypatch.setattr(tune, "FWD_BLOCK_T", (4, 8))
+    monkeypatch.setattr(tune, "BWD_BLOCK_T", (2,))
+    monkeypatch.setattr(tune, "PROGRAMS", (2048, 4096))
+    runs = Counter()
+
+    def clock(step) -> float:
+        step()
+        config = config_for(1)
+        runs[config] += 1
+        return 1 + (config.fwd_block_t != 8) + (config.bwd_block_t != 2) + (config.programs != 4096)
+
+    lines = []
+    config, measured = tune.search(1, torch.float32, (1, 9, 4), "cpu", timer=clock, report=lines.append)
+    assert (config.fwd_block_t, config.bwd_block_t, config.programs) == (8, 2, 4096)
+    assert (config.fwd_block_c, config.bwd_block_c) == (32, 32)
+    assert measured["forward"] < measured["forward, as shipped"]
+    assert len(lines) == sum(runs.values()) == 3 + 2 + 2
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch) -> None:
+    from trwkv.ops.wkv import chunk
+
+    right = chunk.chunk_forward
+
+    def wrong(*args, save):
+        output, *rest = right(*args, save=save)
+        return (output * (1.0 + 0.1 * (config_for(1).fwd_block_t == 4)), *rest)
+
+    monkeypatch.setattr(chunk, "chunk_forward", wrong)
+    with pytest.raises(RuntimeError, match=r"fwd_block_t=4.*wrong by"):
+        tune.search(1, torch.float32, (1, 5, 4), "cpu", timer=lambda step: 1.0)
+
+
+def test_without_a_gpu(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        tune.main([])
+    assert "a GPU is needed" in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""Finds the fastest configuration of the chunk kernels on this GPU, and saves it for every later call.
+
+    python -m trwkv.ops.tune --perspectives 1,2,3 --dtypes bfloat16 --shape 8,2048,1024
+
+What ships with the package was chosen from compiler reports; nothing is searched at a call. A search compiles up to two
+dozen kernels for each P and dtype: minutes. Every candidate must reproduce the shipped configuration's results, to the
+tolerance of `TOLERANCE`, before it is timed. Results are saved by GPU, P and dtype in TRWKV_TUNING_FILE, by default
+~/.cache/trwkv/tuning.json; delete the file to return to what ships. Another configuration sums in another order: its
+last bits differ from those of a machine that is tuned otherwise.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trwkv.ops._dispatch import tuning_file
+from trwkv.ops._tuning import Config, config_for, entry_name, pin_config, save_config
+
+BLOCK_C = (32, 64)
+FWD_BLOCK_T = (4, 8, 16)
+BWD_BLOCK_T = (2, 4, 8)
+PROGRAMS = (1024, 2048, 4096)
+TOLERANCE = 1e-2
+"""Largest difference from the shipped configuration, relative to the largest value: far above rounding, and far below
+what a wrong kernel does."""
+
+Timer = Callable[[Callable[[], Any]], float]
+
+
+class Problem(NamedTuple):
+    """Inputs of one op, as the kernels' launchers take them."""
+
+    inputs: tuple[Any, ...]
+    grad_output: Tensor
+
+    def step(self, kernel: str) -> Callable[[], Sequence[Tensor | None]]:
+        """The forward or, from a checkpoint that is made here, the backward."""
+        from trwkv.ops.wkv.chunk import chunk_backward, chunk_forward
+
+        if kernel == "forward":
+            return lambda: chunk_forward(*self.inputs, save=False)[:2]
+        inputs: tuple[Any, ...] = (*self.inputs, chunk_forward(*self.inputs, save=True)[2])
+        return lambda: chunk_backward(self.grad_output, None, *inputs)
+
+
+def search(
+    P: int,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    device: torch.device | str = "cuda",
+    *,
+    timer: Timer | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[Config, dict[str, float]]:
+    """The fastest configuration for k and v [B, T, C] of this dtype, shared, with weights [B, T, P]; milliseconds of
+    it and of the shipped one.
+
+    Forward and backward are searched apart, then the number of programs on one row of the same size (B T tokens), where
+    T must be divided. `timer` returns the milliseconds of a function; by default triton.testing.do_bench.
+    """
+    if timer is None:
+        from triton.testing import do_bench
+
+        timer = do_bench
+    B, T, C = shape
+    many, one = make_problem(P, dtype, B, T, C, device), make_problem(P, dtype, 1, B * T, C, device)
+    best = config_for(P)
+    measured = {}
+    for name, kernel, problem, variants in (
+        ("forward", "forward", many, _products(fwd_block_c=BLOCK_C, fwd_block_t=FWD_BLOCK_T)),
+        ("backward", "backward", many, _products(bwd_block_c=BLOCK_C, bwd_block_t=BWD_BLOCK_T)),
+        ("one row, forward", "forward", one, _products(programs=PROGRAMS)),
+    ):
+        step = problem.step(kernel)
+        with pin_config(**asdict(best)):
+            expected = step()
+        times = {}
+        for config in dict.fromkeys([best, *(replace(best, **changes) for changes in variants)]):
+            with pin_config(**asdict(config)):
+                _require_same(step(), expected, config)
+                times[config] = timer(step)
+            report(f"P = {P}, {name}: {times[config]:.4f} ms with {config}")
+        measured[f"{name}, as shipped"] = times[best]
+        best = min(times, key=lambda config: times[config])
+        measured[name] = times[best]
+    return best, measured
+
+
+def _products(**choices: Sequence[int]) -> list[dict[str, int]]:
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+def make_problem(P: int, dtype: torch.dtype, B: int, T: int, C: int, device: torch.device | str) -> Problem:
+    g = torch.Generator(device=device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, device=device)
+
+    w, u = -torch.exp(2 * normal(P, C) - 2), normal(P, C)
+    k, v, grad_output = (normal(B, T, C).to(dtype) for _ in range(3))
+    weights = normal(B, T, P).softmax(-1).to(dtype)
+    return Problem((w, u, k, v, weights, None, None, False), grad_output)
+
+
+def _require_same(
+    results: Sequence[Tensor | None], expected: Sequence[Tensor | None], config: Config
+) -> None:
+    for x, y in zip(results, expected, strict=True):
+        if x is None or y is None:
+            continue
+        error = (x.double() - y.double()).abs().max() / y.double().abs().max()
+        if not error <= TOLERANCE:
+            raise RuntimeError(
+                f"{config}: wrong by {error:.1e}; expected at most {TOLERANCE}. Please report it."
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--perspectives", default="1,2,3", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--dtypes", default="bfloat16", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--shape", default="8,2048,1024", help="B,T,C (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("a GPU is needed: configurations are those of GPU kernels")
+    B, T, C = map(int, options.shape.split(","))
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = torch.cuda.get_device_name(device)
+    for P in map(int, options.perspectives.split(",")):
+        for name in options.dtypes.split(","):
+            dtype = getattr(torch, name)
+            config, measured = search(P, dtype, (B, T, C), device, report=print)
+            details = measured | {"shape": [B, T, C], "torch": torch.__version__}
+            save_config(tuning_file(), gpu, entry_name(P, dtype), config, details)
+            print(f"{gpu}, {entry_name(P, dtype)}: {config}\nsaved in {tuning_file()}")
+
+
+if __name__ == "__main__":
+    main()
