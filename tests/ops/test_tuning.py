@@ -55,7 +55,7 @@ def test_a_saved_configuration_is_taken(file, k) -> None:
 def test_a_broken_file_is_named(file, k, text: str) -> None:
     file.parent.mkdir()
     file.write_text(text)
-    with pytest.raises(ValueError, match="tuning.json"):
+    with pytest.raises(ValueError, match=r"tuning\.json"):
         config_for(2, k)
 
 

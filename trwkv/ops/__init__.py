@@ -7,6 +7,7 @@ from trwkv.ops.wkv.api import (
     merge_wkv_states,
     multi_perspective_wkv,
     recurrent_wkv,
+    recurrent_wkv_,
     reference_wkv,
     wkv_states,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "merge_wkv_states",
     "multi_perspective_wkv",
     "recurrent_wkv",
+    "recurrent_wkv_",
     "reference_wkv",
     "wkv_states",
 ]

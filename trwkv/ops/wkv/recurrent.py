@@ -64,16 +64,24 @@ def recurrent_forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as in `multi_perspective_wkv`, P axis present, validated."""
+    """Arguments and results as in `multi_perspective_wkv`, P axis present, validated.
+
+    `in_place`: the final state replaces the initial one, which is contiguous and no other tensor's memory.
+    """
     config_for(w.shape[0])
     call = kernel_layout(w, u, k, v, weights, initial_state, cu_seqlens, reverse)
     _, T, P, C = call.sizes
     N = call.n_sequences
     output = call.new_output()
-    final_state = torch.empty(N, 3, P, C, dtype=torch.float32, device=k.device)
+    if in_place:  # every program reads its part before it writes it
+        final_state = call.initial_state
+    else:
+        final_state = torch.empty(N, 3, P, C, dtype=torch.float32, device=k.device)
     if T == 0:
-        final_state = state_without_tokens(call)
+        final_state = final_state if in_place else state_without_tokens(call)
     elif N > 0:
         with device_guard(k.device):
             wkv_recurrent_fwd_kernel[(N * triton.cdiv(C, BLOCK_C),)](
