@@ -1,0 +1,88 @@
+"""The report on compiled kernels: within the budgets that are written beside the configurations, and able to object."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from static_sass import fast_paths
+
+REPORT = Path(__file__).parents[2] / "benchmarks" / "static_report.py"
+
+
+def report(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
+    """In a process of its own, where kernels are compiled and not interpreted."""
+    program = [str(REPORT)] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *program, *arguments],
+        capture_output=True, text=True, cwd=REPORT.parent, env=os.environ | {"TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("P", ["1", "2", "3"])
+def test_within_budget(P: str) -> None:
+    done = report("--perspectives", P, "--capabilities", "90", "--dtypes", "bfloat16", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"| forward | {P} | bfloat16 | 90 |" in done.stdout
+    assert f"| backward | {P} | bfloat16 | 90 |" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_everything_within_budget(capability: str, dtype: str) -> None:
+    done = report("--capabilities", capability, "--dtypes", dtype, "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_objected_to() -> None:
+    """A spill, a loop that was not found, and more instructions than the budget allows."""
+    code = """
+import static_report
+right = {"kernel": "forward", "P": 1, "dtype": "bfloat16", "sm": 90, "spill_bytes": 0, "loops": 1,
+         "instructions_per_element": 30.0, "budget": 32.0}
+assert static_report.problems([right]) == []
+for change in {"spill_bytes": 8}, {"loops": 0}, {"instructions_per_element": 33.0}, {"kernel": "backward"}:
+    found = static_report.problems([right, right | change])
+    assert len(found) == 1 and "P = 1 bfloat16 sm_90" in found[0], (change, found)
+"""
+    done = report(code=code)
+    assert done.returncode == 0, done.stderr
+
+
+LISTING = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   MUFU.EX2 R2, R3 ;
+.L_x_0:
+        /*0020*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0030*/              @P0 BRA `(.L_x_2) ;
+        /*0040*/                   MUFU.EX2 R4, R5 ;
+        /*0050*/                   MUFU.EX2 R6, R7 ;
+        /*0060*/                   FFMA R8, R4, R6, R8 ;
+        /*0070*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0080*/                   FADD R9, R9, 1 ;
+.L_x_1:
+        /*0090*/                   MUFU.EX2 R4, R5 ;
+        /*00a0*/              @P1 BRA `(.L_x_1) ;
+.L_x_3:
+        /*00b0*/                   STG.E desc[UR4][R10.64], R8 ;
+        /*00c0*/              @P2 BRA `(.L_x_0) ;
+        /*00d0*/                   EXIT ;
+"""
+
+
+def test_the_fast_path_is_followed() -> None:
+    """Around the loop within, which stands for the exact path; nothing outside the loop counts."""
+    (path,) = fast_paths(LISTING, exponentials=2)
+    assert path.instructions == 8
+    assert (path.count("MUFU"), path.count("FFMA"), path.count("LDG", "STG"), path.count("FADD")) == (
+        2,
+        1,
+        2,
+        0,
+    )
+    assert fast_paths(LISTING, exponentials=3) == []
