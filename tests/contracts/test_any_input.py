@@ -85,6 +85,15 @@ def test_a_state_far_from_the_tokens(implementation: Implementation, exponent: f
     CONTRACTS["any finite input"](implementation, case)
 
 
+@everywhere(is_interpreted=False)
+def test_an_exponent_that_drifts(implementation: Implementation) -> None:
+    """A state of exponent 1149, under decays of 1e-6 to 3e-4, in float64: a rounding of each sum adds up."""
+    case = case_of(implementation, B=1, T=129, P=1, C=32, dtype=torch.float64, log_decays=(-13.8, -8.0))
+    case.initial_state[:, 2] = 1149.0
+    CONTRACTS["split"](implementation, case, at=50)
+    CONTRACTS["agreement"](implementation, case)
+
+
 @everywhere()
 def test_masked_tokens(implementation: Implementation) -> None:
     """k of -1e5 to -3e38, as masks have it, alone in a tile and beside others: such tokens weigh nothing."""

@@ -83,7 +83,7 @@ def _walk(w: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None) -> list
     for kt, vt in zip(k.unbind(1), v.unbind(1), strict=True):
         num, den, exp = states[-1]
         top = torch.maximum(_exponent_of_mass(num, den, exp) + w, kt).detach()
-        past, now = _exp(exp + w - top), _exp(kt - top)
+        past, now = _exp((exp - top) + w), _exp(kt - top)  # exp + w, rounded, would drift
         states.append((past * num + now * vt, past * den + now, top))
     return states
 

@@ -175,7 +175,7 @@ def scan_chunks(
     rows = exps.unbind(0)
     for n, label in enumerate(labels.unbind(0)):
         torch.maximum(rows[n] + steps_w, label, out=rows[n + 1])
-    keep = torch.exp(exps[:-1] + steps_w - exps[1:]).unsqueeze(1)
+    keep = torch.exp((exps[:-1] - exps[1:]) + steps_w).unsqueeze(1)  # the sum, rounded, would drift
     add = local * torch.exp(labels - exps[1:]).unsqueeze(1)
     all_sums = sums.new_empty(len(rows), *sums.shape)
     all_sums[0] = sums

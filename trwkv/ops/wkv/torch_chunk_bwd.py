@@ -183,7 +183,7 @@ def _block_backward(
         b, n, c = cols.at
         here = torch.where(cols.first == 0, alone.carried, local[n, :, :, b, c].movedim(0, 2))
         local[n, :, :, b, c] = here.movedim(2, 0)
-    adjoints = _scan_back(local, _exp(exps[:-1] + p.w * block.length - exps[1:])[:, None], adjoint)
+    adjoints = _scan_back(local, _exp((exps[:-1] - exps[1:]) + p.w * block.length)[:, None], adjoint)
     incoming = (adjoints[1:] * torch.exp(base - exps[1:])[:, None]).movedim(0, 3)
     incoming = incoming.to(p.dtype, memory_format=torch.contiguous_format)
     exact = None

@@ -92,7 +92,7 @@ def walk_back(
         else:
             exp = carried_exp
         # From the true sums, so that any unit can be asked for: e^(unit + w - m[t]) and e^(unit - o[t]).
-        asked = adjoint * _exp(exp + w - s.exp) + out * _exp(exp - s.out_exp)
+        asked = adjoint * _exp((exp - s.exp) + w) + out * _exp(exp - s.out_exp)
         if t:
             before_first = torch.where(first == t, asked, before_first)
             adjoint = adjoint * s.keep + out * s.past

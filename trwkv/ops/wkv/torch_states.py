@@ -65,9 +65,9 @@ def _walk(
             _write_state(exp, sums, rows[:, j])
             if j + 1 == k.shape[0]:
                 break
-        kj, decayed = k[j].double(), exp + w
-        exp = torch.maximum(decayed, kj)
-        keep, add = decayed.sub_(exp).exp_(), (kj - exp).exp_()
+        kj, before = k[j].double(), exp
+        exp = torch.maximum(before + w, kj)
+        keep, add = (before - exp).add_(w).exp_(), (kj - exp).exp_()
         sums = torch.addcmul(torch.stack([add * v[j].double(), add]), sums, keep)
     return exp, sums
 
