@@ -1,0 +1,113 @@
+"""The `trwkv` command: what it writes is read again, what it prints is true, and wrong input is said in a line."""
+
+import json
+
+import pytest
+import torch
+
+from trwkv import cli
+from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
+from trwkv.synthetic import byte_tokenizer
+
+TOKENS = torch.tensor([[5, 6, 7, 8, 250]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small RWKV-4 with a tokenizer, in a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = TemporalRwkvConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, eos_token_id=None
+    )
+    TemporalRwkvForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def logits(source, **options):
+    with torch.no_grad():
+        return cli.load_model(str(source), **options)(TOKENS).logits
+
+
+def test_convert_there_and_back(folder, tmp_path, capsys) -> None:
+    """To an official file, to perspectives without noise, and to Hugging Face's RWKV-4: always the same function."""
+    expected = logits(folder)
+    cli.main(["convert", str(folder), str(tmp_path / "rwkv4.pth")])
+    torch.testing.assert_close(logits(tmp_path / "rwkv4.pth"), expected, rtol=0, atol=0)
+    arguments = ["--perspectives", "3", "--placement", "stream", "--dtype", "float32"]
+    cli.main(["convert", str(tmp_path / "rwkv4.pth"), str(tmp_path / "three"), *arguments])
+    assert "of which perspectives add" in capsys.readouterr().out
+    three = cli.load_model(str(tmp_path / "three"))
+    assert (three.config.n_perspectives, three.config.placement) == (3, "stream")
+    torch.testing.assert_close(logits(tmp_path / "three"), expected)
+    cli.main(["convert", "--rwkv4", str(folder), str(tmp_path / "hf")])
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "rwkv"
+    torch.testing.assert_close(logits(tmp_path / "hf"), expected, rtol=0, atol=0)
+
+
+def test_a_converted_folder_keeps_its_tokenizer(folder, tmp_path) -> None:
+    cli.main(["convert", str(folder), str(tmp_path / "copy"), "--dtype", "bfloat16"])
+    copied = {file.name for file in (tmp_path / "copy").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "model.safetensors"} <= copied
+    assert cli.load_model(str(tmp_path / "copy")).head.weight.dtype == torch.bfloat16
+
+
+def test_generate(folder, capsys) -> None:
+    arguments = [
+        "generate",
+        "--model",
+        str(folder),
+        "--prompt",
+        "abc",
+        "--max-new-tokens",
+        "6",
+        "--device",
+        "cpu",
+    ]
+    printed = []
+    for more in (["--seed", "3"], ["--seed", "3"], ["--temperature", "0"], ["--temperature", "0"]):
+        cli.main(arguments + more)
+        out, err = capsys.readouterr()
+        assert out.startswith("abc")
+        assert "6 tokens in " in err
+        printed.append(out)
+    assert printed[0] == printed[1]
+    assert printed[2] == printed[3]
+
+
+def test_eval(folder, tmp_path, capsys) -> None:
+    """The same figures in any batch and from any format of one checkpoint."""
+    passages = tmp_path / "passages.jsonl"
+    texts = ["the cat saw the dog", "one two three four", "a b c a b c", "to be or not to be"]
+    passages.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    cli.main(["convert", str(folder), str(tmp_path / "rwkv4.pth")])
+    results = []
+    for model, batch in ((folder, "1"), (folder, "4"), (tmp_path / "rwkv4.pth", "2")):
+        cli.main([
+            "eval", "--model", str(model), "--tokenizer", str(folder), "--tasks", str(passages), "--device", "cpu",
+            "--batch-size", batch, "--json", str(tmp_path / "results.json"),
+        ])  # fmt: skip
+        assert "perplexity" in capsys.readouterr().out
+        results.append(json.loads((tmp_path / "results.json").read_text()))
+    assert results[0]["passages.jsonl"]["n"] == 4
+    for other in results[1:]:
+        assert other["passages.jsonl"] == pytest.approx(results[0]["passages.jsonl"], rel=1e-6)
+
+
+WRONG = [
+    (["convert", "nowhere", "x"], "no file or folder 'nowhere'"),
+    (["convert", "FOLDER", "x", "--perspectives", "2"], "has its perspectives already"),
+    (["eval", "--model", "FOLDER", "--tasks", "nothing.jsonl"], "nothing.jsonl does not exist"),
+    (["generate", "--model", "FOLDER", "--prompt", ""], "--prompt: expected at least one token"),
+    (["generate", "--model", "FOLDER", "--prompt", "a", "--tokenizer", "no/where/x"], "tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=lambda x: x if isinstance(x, str) else "")
+def test_wrong_input(arguments, message, folder) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main([str(folder) if x == "FOLDER" else x for x in arguments])
+    assert str(error.value).startswith(f"trwkv {arguments[0]}: ")
+    assert message in str(error.value)

@@ -1,0 +1,179 @@
+"""`trwkv`: convert, evaluate and run checkpoints from the command line.
+
+    trwkv convert RWKV-4-Pile-169M.pth three-perspectives --perspectives 3 --noise 0.1
+    trwkv eval --model three-perspectives --tasks lambada_openai,sciq
+    trwkv generate --model three-perspectives --prompt "Once upon a time"
+
+A model is a folder that `save_pretrained` or `trwkv convert` wrote, or any RWKV-4 checkpoint that `trwkv.convert`
+reads: an official .pth, a Hugging Face folder, a hub id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from trwkv.models import TemporalRwkvForCausalLM
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"trwkv {options.command}: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trwkv", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    convert = commands.add_parser("convert", help="RWKV-4 in and out, and perspectives added")
+    convert.add_argument("source", help="a model, see `trwkv --help`")
+    convert.add_argument(
+        "target", type=Path, help="where to: an official file if it ends in .pth, else a folder"
+    )
+    convert.add_argument("--perspectives", type=int, help="give an RWKV-4 checkpoint so many (default: 1)")
+    convert.add_argument("--placement", choices=("layer", "stream"), help="where they are (default: layer)")
+    convert.add_argument("--noise", type=float, help="sets them apart, relative to their size (default: 0)")
+    convert.add_argument("--rwkv4", action="store_true", help="a folder for transformers' own RWKV-4 model")
+    convert.add_argument("--dtype", choices=DTYPES, help="of the parameters (default: the checkpoint's)")
+    convert.set_defaults(run=_convert)
+
+    evaluate = commands.add_parser("eval", help="score on tasks of lm-eval or local LAMBADA-like files")
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "--tasks", required=True, help="comma-separated names of lm-eval tasks and .jsonl files"
+    )
+    evaluate.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    evaluate.add_argument("--limit", type=int, help="only the first so many examples of each task")
+    evaluate.add_argument("--newline-prefix", action="store_true", help="a line break before every context")
+    evaluate.add_argument("--json", type=Path, help="write the results here")
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = commands.add_parser("generate", help="continue a text, token by token as they come")
+    _add_model(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    generate.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
+    generate.add_argument("--seed", type=int, help="makes sampling repeatable")
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="see `trwkv --help`")
+    parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub id (default: the model's folder)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (default: the checkpoint's)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+
+
+def load_model(source: str, dtype: str | None = None, **options: Any) -> TemporalRwkvForCausalLM:
+    """A model of this package, or an RWKV-4 checkpoint as one; `options` are those of `from_rwkv4`, for the latter.
+
+    Raises: as `from_rwkv4` and `from_pretrained`; ValueError for options that a model of this package cannot take.
+    """
+    from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
+
+    config = Path(source, "config.json")
+    is_ours = config.is_file() and f'"{TemporalRwkvConfig.model_type}"' in config.read_text(encoding="utf-8")
+    if not is_ours:
+        return TemporalRwkvForCausalLM.from_rwkv4(source, dtype=dtype, **options)
+    if options:
+        raise ValueError(f"{source} has its perspectives already; expected no {', '.join(options)}")
+    return TemporalRwkvForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    wanted = {
+        "n_perspectives": options.perspectives,
+        "placement": options.placement,
+        "perspective_noise": options.noise,
+    }
+    model = load_model(
+        options.source, options.dtype, **{name: x for name, x in wanted.items() if x is not None}
+    )
+    if options.rwkv4 or options.target.suffix == ".pth":
+        model.to_rwkv4(options.target)
+    else:
+        model.save_pretrained(options.target)
+        _copy_tokenizer(Path(options.source), options.target)
+    count = model.count_parameters()
+    print(f"{options.target}: {count.total:,} parameters, of which perspectives add {count.added:,}")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            (target / name).write_bytes((source / name).read_bytes())
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from trwkv.data import load_tokenizer
+    from trwkv.evaluate import check_tasks, evaluate
+    from trwkv.report import format_table
+
+    tasks = options.tasks.split(",")
+    check_tasks(tasks)
+    model = load_model(options.model, options.dtype).to(options.device)
+    results = evaluate(
+        model,
+        load_tokenizer(options.tokenizer or options.model),
+        tasks,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        newline_prefix=options.newline_prefix,
+    )
+    rows = [(task, name, x) for task, metrics in results.items() for name, x in metrics.items()]
+    print(format_table(("task", "metric", "value"), rows))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from transformers import TextStreamer, set_seed
+
+    from trwkv.data import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
+    model = load_model(options.model, options.dtype).to(options.device).eval()
+    prompt = tokenizer(options.prompt, return_tensors="pt").to(options.device)
+    if not prompt["input_ids"].shape[1]:
+        raise ValueError("--prompt: expected at least one token; got none")
+    if options.seed is not None:
+        set_seed(options.seed)
+    sampling = (
+        {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+        if options.temperature > 0
+        else {"do_sample": False}
+    )
+    start = time.perf_counter()
+    tokens = model.generate(
+        prompt["input_ids"],
+        streamer=TextStreamer(tokenizer),
+        max_new_tokens=options.max_new_tokens,
+        **sampling,
+    )
+    seconds = time.perf_counter() - start
+    n = tokens.shape[1] - prompt["input_ids"].shape[1]
+    print(f"{n} tokens in {seconds:.1f} s, {n / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
