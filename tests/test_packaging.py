@@ -110,6 +110,8 @@ def test_readme_and_contributing_name_commands_that_exist():
 def test_readme_options_exist():
     scripts = ("examples/finetune_lambada.py", "benchmarks/throughput.py")
     known = "".join(run_program(script, "--help") for script in scripts)
+    for command in ("convert", "eval", "generate"):
+        known += run_program("-m", "trwkv.cli", command, "--help")
     options = set(re.findall(r"(?<=[\s`])--[a-z-]+", (ROOT / "README.md").read_text()))
     assert "--placement" in options
     assert not {option for option in options if option not in known}
