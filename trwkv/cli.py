@@ -5,7 +5,7 @@
     trwkv generate --model three-perspectives --prompt "Once upon a time"
 
 A model is a folder that `save_pretrained` or `trwkv convert` wrote, or any RWKV-4 checkpoint that `trwkv.convert`
-reads: an official .pth, a Hugging Face folder, a hub id.
+reads: an official .pth, a file of rwkv.cpp, a Hugging Face folder, a hub id.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="RWKV-4 in and out, and perspectives added")
     convert.add_argument("source", help="a model, see `trwkv --help`")
     convert.add_argument(
-        "target", type=Path, help="where to: an official file if it ends in .pth, else a folder"
+        "target",
+        type=Path,
+        help="where to: official if it ends in .pth, rwkv.cpp's if in .bin, else a folder",
     )
     convert.add_argument("--perspectives", type=int, help="give an RWKV-4 checkpoint so many (default: 1)")
     convert.add_argument("--placement", choices=("layer", "stream"), help="where they are (default: layer)")
@@ -109,7 +111,7 @@ def _convert(options: argparse.Namespace) -> None:
     model = load_model(
         options.source, options.dtype, **{name: x for name, x in wanted.items() if x is not None}
     )
-    if options.rwkv4 or options.target.suffix == ".pth":
+    if options.rwkv4 or options.target.suffix in (".pth", ".bin"):
         model.to_rwkv4(options.target)
     else:
         model.save_pretrained(options.target)

@@ -1,6 +1,6 @@
-"""RWKV-4 checkpoints in and out: official `.pth` files and Hugging Face folders.
+"""RWKV-4 checkpoints in and out: official `.pth` files, Hugging Face folders, and files of rwkv.cpp (`trwkv.ggmf`).
 
-Both are read into, and written from, one form: a dict with the official names and shapes (`emb.weight`,
+All are read into, and written from, one form: a dict with the official names and shapes (`emb.weight`,
 `blocks.0.att.time_mix_k` [1, 1, C], ...). Nothing but tensors is ever loaded, and every name and shape is
 checked.
 """
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from trwkv.ggmf import is_ggmf, read_ggmf, write_ggmf
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "attention_hidden_size", "intermediate_size")
 SETTINGS = (*SIZES, "context_length", "tie_word_embeddings", "bos_token_id", "eos_token_id")
@@ -80,8 +82,8 @@ def read_rwkv4(source: str | PathLike) -> Rwkv4Checkpoint:
     """Read an RWKV-4 checkpoint, whichever form it has.
 
     Args:
-        source: an official `.pth` file; a Hugging Face RWKV-4 folder (safetensors or .bin, sharded or not); a
-            hub id "owner/name", or "owner/name/file.pth" for an official file on the hub.
+        source: an official `.pth` file; a file of rwkv.cpp; a Hugging Face RWKV-4 folder (safetensors or .bin, sharded
+            or not); a hub id "owner/name", or "owner/name/file.pth" for an official file on the hub.
 
     Raises:
         FileNotFoundError: no such file or folder, and not a hub id.
@@ -114,7 +116,7 @@ def read_rwkv4(source: str | PathLike) -> Rwkv4Checkpoint:
 
 
 def write_rwkv4(path: str | PathLike, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Write an RWKV-4: an official file if `path` ends in .pth, else a Hugging Face folder.
+    """Write an RWKV-4: an official file if `path` ends in .pth, one of rwkv.cpp if in .bin, else a Hugging Face folder.
 
     Args:
         path: where to.
@@ -124,6 +126,9 @@ def write_rwkv4(path: str | PathLike, state: dict[str, Tensor], settings: dict[s
     path = Path(path)
     if path.suffix == ".pth":
         torch.save(state, path)
+        return
+    if path.suffix == ".bin":
+        write_ggmf(path, state)
         return
     from huggingface_hub import save_torch_state_dict
     from transformers import RwkvConfig
@@ -158,6 +163,8 @@ def _load_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
+        elif is_ggmf(path):
+            return read_ggmf(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -271,9 +271,11 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
         return with_rwkv4_weights(cls, config, checkpoint.state, dtype)
 
     def to_rwkv4(self, path: str | PathLike) -> None:
-        """Write as RWKV-4: an official file if `path` ends in .pth, else a Hugging Face folder. P = 1 only.
+        """Write as RWKV-4: an official file if `path` ends in .pth, one of rwkv.cpp if in .bin, else a Hugging Face
+        folder. P = 1 only.
 
-        Tensors are written bit for bit in the model's dtype (decay and bonus in float32).
+        Tensors are written bit for bit in the model's dtype (decay and bonus in float32); rwkv.cpp's in float16 if the
+        model's are, else in float32, with -exp(decay) for the decay.
 
         Raises:
             ValueError: P > 1, or a LayerNorm epsilon other than RWKV-4's 1e-5.
