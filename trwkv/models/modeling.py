@@ -350,6 +350,7 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore
         """Hugging Face's own, less the mask once a state is there: the new token is always one."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore
+        inputs.pop("cache_position", None)  # transformers 5.0 counts for everyone
         if inputs.get("past_key_values") is not None and not kwargs.get("is_first_iteration"):
             inputs["attention_mask"] = None
         return inputs
