@@ -1,0 +1,137 @@
+"""What the perspectives of a model have become: their decays, whom the selectors believe, whether they differ.
+
+    python examples/inspect_perspectives.py --model three-perspectives --text "The old man went back to the sea."
+
+Prints a table and draws three pictures into one PNG: the tokens after which half of a memory is gone, per layer and
+perspective; the weights of the perspectives over the tokens of the text; and how far apart the perspectives' vectors
+are in each layer, relative to their size: 0 is a perspective that collapsed onto another.
+"""
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trwkv.cli import load_model
+from trwkv.data import load_tokenizer
+from trwkv.modules import PerspectiveSelector
+from trwkv.report import format_table
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+def half_lives(model: nn.Module) -> list[Tensor]:
+    """Per layer: the tokens after which half of a memory is left, [P, C] (a shared decay has one row)."""
+    decays = (block.att.time_decay.detach().float() for block in model.rwkv.blocks)
+    return [math.log(2) / torch.exp(decay.reshape(-1, decay.shape[-1])) for decay in decays]
+
+
+def distances(model: nn.Module) -> list[float]:
+    """Per layer: the smallest distance of two perspectives' vectors, relative to their size."""
+    names = {name for name, _ in model.perspective_parameters() if "selector." not in name}
+    result = []
+    for i in range(len(model.rwkv.blocks)):
+        vectors = [
+            x.detach().float().reshape(x.shape[0], -1)
+            for name, x in model.named_parameters()
+            if name in names and name.startswith(f"rwkv.blocks.{i}.")
+        ]
+        together = torch.cat([x / x.square().mean().sqrt().clamp(min=1e-12) for x in vectors], dim=1)
+        pairs = itertools.combinations(together, 2)
+        size = together.square().mean().sqrt()
+        result.append(min(float((a - b).square().mean().sqrt() / size) for a, b in pairs))
+    return result
+
+
+@torch.no_grad()
+def selector_weights(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
+    """What every selector gives for one text: [T, P] each, first to last."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, weights: Tensor) -> None:
+        found.append(weights[0] if weights.ndim == 3 else weights.expand(input_ids.shape[1], -1))
+
+    selectors = [module for module in model.modules() if isinstance(module, PerspectiveSelector)]
+    hooks = [module.register_forward_hook(keep) for module in selectors]
+    try:
+        model(input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def draw(
+    path: Path, lives: list[Tensor], weights: list[Tensor], apart: list[float], tokens: list[str]
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    for p in range(max(len(x) for x in lives)):
+        low, half, high = ([float(x[min(p, len(x) - 1)].quantile(q)) for x in lives] for q in QUANTILES)
+        left.plot(half, marker="o", label=f"perspective {p}")
+        left.fill_between(range(len(half)), low, high, alpha=0.15)
+    left.set(yscale="log", xlabel="layer", ylabel="half-life in tokens", title="Memory: median, 10 % to 90 %")
+    left.legend()
+    mean = torch.stack(weights).mean(0)
+    for p in range(mean.shape[1]):
+        middle.plot(mean[:, p], marker=".", label=f"perspective {p}")
+    middle.set(
+        ylabel="weight", title=f"Selector{' (mean of the layers)' if len(weights) > 1 else ''}", ylim=(0, 1)
+    )
+    middle.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
+    right.bar(range(len(apart)), apart)
+    right.set(xlabel="layer", ylabel="relative distance", title="The two closest perspectives")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a model with two perspectives or more")
+    parser.add_argument("--tokenizer", help="(default: the model's folder)")
+    parser.add_argument(
+        "--text", default="The old man went back to the sea, because the sea was all he knew."
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("perspectives.png"), help="(default: %(default)s)"
+    )
+    options = parser.parse_args()
+    model = load_model(options.model, "float32").eval()
+    P = model.config.n_perspectives
+    if P < 2:
+        parser.error(f"--model: expected two perspectives or more; {options.model} has {P}")
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
+    input_ids = tokenizer(options.text, return_tensors="pt")["input_ids"]
+    lives, apart = half_lives(model), distances(model)
+    weights = selector_weights(model, input_ids)
+    rows = []
+    for i, (life, distance) in enumerate(zip(lives, apart, strict=True)):
+        medians = [float(life[min(p, len(life) - 1)].median()) for p in range(P)]
+        own = weights[i].mean(0).tolist() if len(weights) == len(lives) else [None] * P
+        rows.append([i, *medians, *own, distance])
+    header = [
+        "layer",
+        *(f"half-life {p}" for p in range(P)),
+        *(f"weight {p}" for p in range(P)),
+        "closest two",
+    ]
+    print(format_table(header, rows))
+    if len(weights) != len(lives):
+        print("weights of the last selector:", ", ".join(f"{x:.3f}" for x in weights[-1].mean(0).tolist()))
+    tokens = [tokenizer.decode([i]) for i in input_ids[0].tolist()]
+    draw(options.output, lives, weights, apart, tokens)
+    print(f"drawn: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
