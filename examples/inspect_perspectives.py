@@ -89,6 +89,8 @@ def draw(
     middle.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
     right.bar(range(len(apart)), apart)
     right.set(xlabel="layer", ylabel="relative distance", title="The two closest perspectives")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
