@@ -1,4 +1,4 @@
-"""Every shipped configuration compiles for sm_80 and sm_90, without a GPU, and up to P = 4 spills no register.
+"""Every shipped configuration compiles for sm_80 and sm_90, without a GPU, and up to P = 6 spills no register.
 
 The interpreter accepts programs that the compiler rejects, so this runs in processes of its own, without it.
 """
@@ -84,13 +84,13 @@ SLOW = [
 
 
 SPILL_BUDGET = 256
-"""Bytes that kernels for P > 4 may spill: the backward's 8 states, adjoints and parameters exceed 255 registers."""
+"""Bytes that kernels for P > 6 may spill: the backward's 8 states, adjoints and parameters exceed 255 registers."""
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=str)
 def test_compiles_without_spills(arguments: tuple) -> None:
     for name, registers, spilled in compile_all(*arguments):
-        allowed = SPILL_BUDGET if arguments[0] > 4 else 0
+        allowed = SPILL_BUDGET if arguments[0] > 6 else 0
         assert spilled <= allowed, f"{name}: {registers} registers, {spilled} bytes spilled"
 
 

@@ -16,7 +16,7 @@ SEGMENT = 64
 """Tokens between two states that the forward keeps for the backward: 3 P / 64 floats per token and channel."""
 
 MAX_PERSPECTIVES = 8
-"""The kernels unroll the perspectives: above 4 the backward spills registers, above 8 badly."""
+"""The kernels unroll the perspectives: with 8 the backward spills some registers (232 bytes)."""
 
 
 @dataclass(frozen=True)
