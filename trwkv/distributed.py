@@ -100,7 +100,8 @@ def previous_token(
     T = x.shape[1]
     initial = torch.zeros_like(x[:, :1]).sum(1) if initial is None else initial
     last = x[:, 0 if reverse else -1] if T else x.sum(1)  # of none, but with a gradient, as everywhere
-    tokens, lengths = _gather(last, group), _lengths(T, x.device, group)
+    tokens = _gather(last, group)
+    lengths = [int(n) for n in _all_gather(torch.tensor(T, device=x.device), group)]
     rank = dist.get_rank(group)
     before = range(rank + 1, len(lengths)) if reverse else range(rank - 1, -1, -1)
     source = next((i for i in before if lengths[i] > 0), None)
@@ -137,8 +138,7 @@ class _Stretch(NamedTuple):
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """The tensors of all processes, in running order."""
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
+        parts = _all_gather(x, self.group)
         return parts[::-1] if self.reverse else parts
 
 
@@ -220,10 +220,12 @@ def _state_before(
     return torch.stack([num * scale, den * scale, rounded.double()], 1).to(states[0].dtype)
 
 
-def _lengths(T: int, device: torch.device, group: "dist.ProcessGroup | None") -> list[int]:
-    lengths = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(lengths, torch.tensor([T], device=device), group=group)
-    return torch.cat(lengths).tolist()
+def _all_gather(x: Tensor, group: "dist.ProcessGroup | None") -> list[Tensor]:
+    """The tensors of all processes, in the order of their ranks; no gradient."""
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return parts
 
 
 def _gather(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
@@ -237,12 +239,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
         ctx.group = group
-        parts = [
-            torch.empty_like(x, memory_format=torch.contiguous_format)
-            for _ in range(dist.get_world_size(group))
-        ]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.stack(parts)
+        return torch.stack(_all_gather(x, group))
 
     @staticmethod
     @once_differentiable

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trwkv.ops._dispatch import resolve_backend
+from trwkv.ops._library import is_gradient_needed
 from trwkv.ops._validate import (
     require_cu_seqlens,
     require_flag,
@@ -171,10 +172,7 @@ def recurrent_wkv_(
     Raises: as `multi_perspective_wkv`; ValueError for a state that is not contiguous, RuntimeError
         where a gradient would be wanted: there is none.
     """
-    require_tensor("state", state)
-    if torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in (state, w, u, k, v, weights)
-    ):
+    if is_gradient_needed(state, w, u, k, v, weights):
         raise RuntimeError(
             "recurrent_wkv_: expected no argument that requires a gradient, or torch.no_grad(): what it replaces a "
             "backward would need; use recurrent_wkv"
