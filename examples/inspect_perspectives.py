@@ -8,61 +8,17 @@ are in each layer, relative to their size: 0 is a perspective that collapsed ont
 """
 
 import argparse
-import itertools
-import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trwkv.cli import load_model
 from trwkv.data import load_tokenizer
-from trwkv.modules import PerspectiveSelector
+from trwkv.diversity import half_lives, selector_weights, vector_distances
 from trwkv.report import format_table
 
 QUANTILES = (0.1, 0.5, 0.9)
-
-
-def half_lives(model: nn.Module) -> list[Tensor]:
-    """Per layer: the tokens after which half of a memory is left, [P, C] (a shared decay has one row)."""
-    decays = (block.att.time_decay.detach().float() for block in model.rwkv.blocks)
-    return [math.log(2) / torch.exp(decay.reshape(-1, decay.shape[-1])) for decay in decays]
-
-
-def distances(model: nn.Module) -> list[float]:
-    """Per layer: the smallest distance of two perspectives' vectors, relative to their size."""
-    names = {name for name, _ in model.perspective_parameters() if "selector." not in name}
-    result = []
-    for i in range(len(model.rwkv.blocks)):
-        vectors = [
-            x.detach().float().reshape(x.shape[0], -1)
-            for name, x in model.named_parameters()
-            if name in names and name.startswith(f"rwkv.blocks.{i}.")
-        ]
-        together = torch.cat([x / x.square().mean().sqrt().clamp(min=1e-12) for x in vectors], dim=1)
-        pairs = itertools.combinations(together, 2)
-        size = together.square().mean().sqrt()
-        result.append(min(float((a - b).square().mean().sqrt() / size) for a, b in pairs))
-    return result
-
-
-@torch.no_grad()
-def selector_weights(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
-    """What every selector gives for one text: [T, P] each, first to last."""
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, weights: Tensor) -> None:
-        found.append(weights[0] if weights.ndim == 3 else weights.expand(input_ids.shape[1], -1))
-
-    selectors = [module for module in model.modules() if isinstance(module, PerspectiveSelector)]
-    hooks = [module.register_forward_hook(keep) for module in selectors]
-    try:
-        model(input_ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
 
 
 def draw(
@@ -114,7 +70,7 @@ def main() -> None:
         parser.error(f"--model: expected two perspectives or more; {options.model} has {P}")
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     input_ids = tokenizer(options.text, return_tensors="pt")["input_ids"]
-    lives, apart = half_lives(model), distances(model)
+    lives, apart = half_lives(model), vector_distances(model)
     weights = selector_weights(model, input_ids)
     rows = []
     for i, (life, distance) in enumerate(zip(lives, apart, strict=True)):

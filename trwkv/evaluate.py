@@ -50,6 +50,7 @@ def evaluate(
     batch_size: int = 8,
     limit: int | None = None,
     newline_prefix: bool = False,
+    samples: dict[str, dict[str, list[float]]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score a causal language model on lm-eval tasks, with as many examples as each task itself asks for (mostly none).
 
@@ -65,6 +66,8 @@ def evaluate(
         batch_size: requests scored in one pass.
         limit: use only the first `limit` examples of each task; None uses all.
         newline_prefix: put a line break before every context, as the paper's evaluation did.
+        samples: gets, for each task, every metric's values example by example, in the order of the examples
+            (log(p(target | context)) for perplexity).
 
     Returns:
         For each task, by its file's name (without folder) or its own name, the metrics that lm-eval
@@ -97,9 +100,11 @@ def evaluate(
                     harness_task.set_config(key="num_fewshot", value=0)
                 harness_task.set_fewshot_seed(seed=_FEWSHOT_SEED)
             report = harness_evaluate(
-                lm, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP_SAMPLES, log_samples=False
+                lm, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP_SAMPLES, log_samples=samples is not None
             )
             results |= _metrics(report, name)
+            if samples is not None:
+                samples |= _samples(report, name)
     finally:
         model.train(was_training)
     return results
@@ -185,6 +190,17 @@ def _metrics(report: Any, file_name: str | None) -> dict[str, dict[str, float]]:
         if metrics:
             results[file_name or task] = {**metrics, "n": report["n-samples"][task]["effective"]}
     return results
+
+
+def _samples(report: Any, file_name: str | None) -> dict[str, dict[str, list[float]]]:
+    """lm-eval's records of each example as `{task: {"acc": [...], ...}}`."""
+    return {
+        file_name or task: {
+            metric: [float(record[metric]) for record in sorted(records, key=lambda record: record["doc_id"])]
+            for metric in records[0]["metrics"]
+        }
+        for task, records in report["samples"].items()
+    }
 
 
 def _harness_model(

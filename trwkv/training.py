@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,7 @@ def train(
     seed: int,
     device: str = "cpu",
     bf16: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Train the parameters of `model` that require a gradient, in place, by next-token cross-entropy.
 
@@ -89,6 +90,7 @@ def train(
         seed: of the order of the blocks, and of whatever the model draws while it trains.
         device: "cpu" or "cuda".
         bf16: compute in bfloat16 where autocast says so; the weights stay in their own type.
+        callbacks: Trainer's, called beside this function's own.
 
     Raises:
         TrainingInterrupted: a signal stopped the training; call again with the same arguments to continue.
@@ -107,7 +109,7 @@ def train(
             bf16=bf16,
         ),
         train_dataset=blocks,
-        callbacks=[watch],
+        callbacks=[watch, *callbacks],
     )
     checkpoint = _last_checkpoint(folder)
     with watch.handling_signals():
