@@ -99,12 +99,14 @@ class Study:
         return study
 
     def jobs(self) -> Iterator[tuple[Cell, int]]:
-        """All runs: seed by seed, so that whoever stops early has whole seeds; the dearest cells last."""
-        upcycled = [cell for cell in self.cells.values() if cell.start == "upcycled"]
-        scratch = [cell for cell in self.cells.values() if cell.start == "from_scratch"]
-        for cells in (upcycled, scratch):
-            for seed in self.seeds:
-                yield from ((cell, seed) for cell in cells)
+        """All runs: the upcycled cells seed by seed, so that whoever stops early has whole seeds; then those from
+        scratch, the dearest, cell by cell in the order of the file."""
+        cells = self.cells.values()
+        for seed in self.seeds:
+            yield from ((cell, seed) for cell in cells if cell.start == "upcycled")
+        for cell in cells:
+            if cell.start == "from_scratch":
+                yield from ((cell, seed) for seed in self.seeds)
 
 
 class Texts:
