@@ -1,4 +1,4 @@
-"""Fine-tune perspectives, a LoRA, both or everything, with Hugging Face's Trainer; options from a file or the command line.
+"""Fine-tune perspectives, a LoRA, both or everything with Hugging Face's Trainer; options from a file or the shell.
 
     python examples/finetune.py examples/finetune.yaml
     python examples/finetune.py examples/finetune.yaml --lora_rank 8 --learning_rate 1e-3
