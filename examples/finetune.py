@@ -13,9 +13,9 @@ The output folder gets `model`, which loads with `TemporalRwkvForCausalLM.from_p
 it), with a LoRA also `adapter` (PEFT's, and perspectives.safetensors), and Trainer's metrics and checkpoints.
 """
 
-import json
+import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,24 +81,24 @@ class DataArguments:
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Options of a .yaml or .json file, if the first argument names one, and of the command line after them."""
+    """Options of a .yaml or .json file, if the first argument names one, and of the command line after it."""
+    kinds = (ModelArguments, DataArguments, TrainingArguments)
+    parser = HfArgumentParser(
+        kinds,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
-        options = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))
+        file, *arguments = arguments
+        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         if not isinstance(options, dict):
-            raise ValueError(
-                f"{arguments[0]}: expected options as `name: value`; got {type(options).__name__}"
-            )
-        # through the same parser: a number that YAML takes for text (1e-3) is one, and a wrong value is refused
-        written = [[f"--{name}", *as_text(value)] for name, value in options.items() if value is not None]
-        arguments = [*(word for words in written for word in words), *arguments[1:]]
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
+            raise ValueError(f"{file}: expected options as `name: value`; got {type(options).__name__}")
+        known = {option.name for kind in kinds for option in fields(kind) if option.init}
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"{file}: unknown options {', '.join(unknown)}")
+        parser.set_defaults(**options)  # text is still parsed: YAML takes 1e-3 for text
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-
-
-def as_text(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [str(x) for x in value]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def make_model(options: ModelArguments, data: DataArguments, vocab_size: int) -> TemporalRwkvForCausalLM:

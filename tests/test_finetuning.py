@@ -213,7 +213,11 @@ def test_the_best_checkpoint_has_its_own_perspectives(tmp_path):
     random_model().save_pretrained(tmp_path / "base")
     model = lora_model(tmp_path / "base")
     options = {"save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "load_best_model_at_end": True}
-    options |= {"greater_is_better": True, "metric_for_best_model": "eval_loss", "optim": "sgd"}  # the first then
+    options |= {
+        "greater_is_better": True,
+        "metric_for_best_model": "eval_loss",
+        "optim": "sgd",
+    }  # the first then
     trainer = Trainer(
         model,
         arguments(tmp_path / "run", **options),
