@@ -141,12 +141,25 @@ def test_perspectives_and_a_lora_on_a_base(finished, tmp_path):
     assert_equal(loaded.merge_and_unload().state_dict(), merged)
 
 
-def test_the_perspectives_of_a_base_alone(finished, tmp_path):
-    changed = {"n_perspectives": None, "perspective_noise": None, "train_parameters": "perspectives"}
+@pytest.mark.parametrize(("which", "learning_rate"), [("perspectives", None), ("all", 0.0)])
+def test_what_trains_on_a_base(finished, tmp_path, which, learning_rate):
+    changed = {"n_perspectives": None, "perspective_noise": None, "train_parameters": which}
+    changed["perspective_learning_rate"] = learning_rate
     after, before = run(tmp_path / "run", base=finished / "model", **changed), weights(finished / "model")
     trained = {name for name, x in after.items() if not torch.equal(x, before[name])}
     model = TemporalRwkvForCausalLM.from_pretrained(finished / "model")
-    assert trained == {name for name, _ in model.perspective_parameters()}
+    perspectives = {name for name, _ in model.perspective_parameters()}
+    assert trained == (perspectives if which == "perspectives" else set(before) - perspectives)
+
+
+def test_the_optimizer_has_the_groups_that_were_asked_for(finished, tmp_path):
+    model = TemporalRwkvForCausalLM.from_pretrained(finished / "model")
+    options = {"weight_decay": 0.25, "learning_rate": 0.5, "adam_beta2": 0.75, "use_cpu": True}
+    trainer = script.GroupsTrainer(model=model, args=TrainingArguments(str(tmp_path), **options))
+    trainer.perspective_learning_rate = 2.0
+    groups = trainer.create_optimizer().param_groups
+    settings = [(group["lr"], group["weight_decay"], group["betas"][1]) for group in groups]
+    assert settings == [(2.0, 0, 0.75), (0.5, 0.25, 0.75), (0.5, 0, 0.75)]
 
 
 @pytest.mark.slow  # tests/test_sharded.py has the step itself
@@ -204,7 +217,6 @@ def test_neither_a_list_nor_an_abbreviation(tmp_path, capsys):
     file.write_text("- base\n")
     assert script.main([str(file)]) == 1
     assert "expected options as `name: value`; got list" in capsys.readouterr().err
-    file.write_text("")
     assert script.main(["--output_dir", str(tmp_path), "--learning_rat", "1"]) == 1
     assert "--learning_rat" in capsys.readouterr().err
 
