@@ -22,8 +22,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from trwkv.data import TokenBlocks
+    from trwkv.models import TemporalRwkvForCausalLM
 
-__all__ = ["PeakMemory", "TrainingInterrupted", "TrainingResult", "held_out_loss", "train"]
+__all__ = [
+    "PeakMemory",
+    "TrainingInterrupted",
+    "TrainingResult",
+    "held_out_loss",
+    "parameter_groups",
+    "train",
+]
 
 #: The paper lowers the learning rate from 3e-5 to 1e-5; any other learning rate falls by the same factor.
 FINAL_LEARNING_RATE_SHARE = 1 / 3
@@ -76,7 +84,8 @@ def train(
     """Train the parameters of `model` that require a gradient, in place, by next-token cross-entropy.
 
     AdamW (betas 0.9 and 0.999, no weight decay), gradient norm clipped at 1, 5 % linear warm-up, then a
-    cosine from `learning_rate` down to a third of it. Checkpoints go to `folder`; if it already holds one,
+    cosine from `learning_rate` down to a third of it; it reports nowhere (for another recipe, or tensorboard, use
+    Trainer itself: docs/finetuning.md). Checkpoints go to `folder`; if it already holds one,
     training continues there and ends with the weights of a run that was never stopped. On Ctrl-C or SIGTERM
     the current step is finished and a checkpoint written. A finished training removes `folder`.
 
@@ -142,6 +151,47 @@ def held_out_loss(
         )
         args._n_gpu = min(args.n_gpu, 1)  # one device: Trainer would multiply the batch by the number of GPUs
         return Trainer(model=model, args=args, eval_dataset=blocks).evaluate()["eval_loss"]
+
+
+def parameter_groups(
+    model: TemporalRwkvForCausalLM,
+    *,
+    learning_rate: float,
+    perspective_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """The parameters that require a gradient as groups for an optimizer of `torch.optim`.
+
+    Weight decay is for the matrices of the base and of a LoRA alone. It would pull decays, bonuses and mixes, which
+    have a meaning where they are, towards zero; and a rule by the number of dimensions gets the perspectives wrong,
+    whose vectors are matrices [P, C].
+
+    Args:
+        model: the model itself, or PEFT's around it.
+        learning_rate: of all but the perspectives.
+        perspective_learning_rate: of `model.perspective_parameters()`; None is `learning_rate`.
+        weight_decay: of the weights of `nn.Linear` that are no perspective's.
+
+    Raises:
+        ValueError: no parameter requires a gradient.
+    """
+    perspectives = {parameter for _, parameter in model.perspective_parameters()}
+    matrices = {module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    groups: dict[str, dict[str, Any]] = {
+        "perspectives": {
+            "lr": learning_rate if perspective_learning_rate is None else perspective_learning_rate
+        },
+        "matrices": {"lr": learning_rate, "weight_decay": weight_decay},
+        "others": {"lr": learning_rate},
+    }
+    groups = {name: {"params": [], "weight_decay": 0.0} | group for name, group in groups.items()}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_vector = "others" if parameter not in matrices else "matrices"
+            groups["perspectives" if parameter in perspectives else is_vector]["params"].append(parameter)
+    if not any(group["params"] for group in groups.values()):
+        raise ValueError("model: expected at least one parameter that requires a gradient; got none")
+    return [group for group in groups.values() if group["params"]]
 
 
 def _arguments(

@@ -304,6 +304,7 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
         past_key_values: TemporalRwkvCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -320,7 +321,13 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the last so many only (0: all), or those at the given positions.
             num_items_in_batch: divide the loss by this instead of by the labels of this call (Trainer's
                 gradient accumulation).
+            output_attentions: PEFT passes it, None or False; there is no attention matrix to return.
+
+        Raises:
+            ValueError: output_attentions is true.
         """
+        if output_attentions:
+            raise ValueError("output_attentions: expected False (an RWKV has no attention matrix); got True")
         outputs = self.rwkv(
             input_ids,
             attention_mask=attention_mask,
