@@ -79,7 +79,10 @@ def _tensors(file: BinaryIO, size: int, path: Path) -> Iterator[tuple[str, Tenso
         if n_dims not in (1, 2) or not 0 < length <= _MAX_NAME:
             raise ValueError(f"{path}: damaged: a tensor of {n_dims} dimensions and a name of {length} bytes")
         shape = struct.unpack(f"<{n_dims}i", _read(file, 4 * n_dims, path))[::-1]
-        name = _read(file, length, path).decode("ascii", errors="replace")
+        key = _read(file, length, path)
+        name = key.decode("ascii", errors="replace")
+        if not (name.isascii() and name.isprintable()):
+            raise ValueError(f"{path}: damaged: a tensor's name is {key!r}")
         if kind not in (0, 1):
             raise ValueError(
                 f"{path}: {name}: expected float32 or float16 (type 0 or 1); got type {kind}: quantised?"
