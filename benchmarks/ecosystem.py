@@ -3,8 +3,8 @@
     python benchmarks/ecosystem.py --json ecosystem.json   # tries everything, minutes
     python benchmarks/ecosystem.py --table ecosystem.json  # the table of an earlier run
 
-Every cell is a trial on small random weights (`ecosystem_peers.py`): "yes" where the result is right, else what came
-instead. A program that is not installed is left out of the trials and said to be so.
+Every cell is a trial on small random weights (`ecosystem_models.py`, `ecosystem_others.py`): "yes" where the result is
+right, else what came instead. A program that is not installed is left out of the trials and said to be so.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # decided when kernels are imported
 
-from ecosystem_peers import FlashLinearAttention, RwkvPackage, Setting, Transformers, Trwkv, Wrong
+from ecosystem_models import Transformers, Trwkv
+from ecosystem_others import FlashLinearAttention, RwkvPackage
+from ecosystem_setting import Setting, Wrong
 from trwkv.report import environment
 
 PEERS = {
@@ -43,7 +45,7 @@ FEATURES = {
     "continue_from_state": ("Continues from a state", "11 tokens and then 13 are as 24"),
     "bf16_decoding": (
         "Decoding in bfloat16",
-        "the last logits of 512 tokens one by one, against float32 with the same (bfloat16) weights; root mean square, and the type of the state's sums",
+        "512 tokens one by one; the last logits against float32 with the same weights, and the state's type",
     ),
     "train_on_cpu": ("Gradients on a CPU", "that of the decay is compared"),
     "state_gradient": ("Gradient of the initial state", "compared with a reference where there is one"),
