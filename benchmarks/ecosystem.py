@@ -81,6 +81,8 @@ def trial(call: Any, setting: Setting) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return call()
+    except ModuleNotFoundError as error:
+        return f"not tried: {error.name} is not installed"
     except Exception as error:
         text = " ".join(str(error).replace(f"{setting.folder}{os.sep}", "").split()).replace("|", "/")
         first = text.split(". ")[0]

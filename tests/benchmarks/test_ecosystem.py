@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,5 @@ def test_what_is_wrong_is_said(setting) -> None:
 def test_what_is_absent_is_said(setting, monkeypatch) -> None:
     monkeypatch.setitem(ecosystem.PEERS, "nothing", (Trwkv, "no-such-package"))
     assert set(ecosystem.tried("nothing", setting).values()) == {"not installed"}
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert ecosystem.trial(Transformers(setting).peft, setting) == "not tried: peft is not installed"
