@@ -127,7 +127,7 @@ def test_bad_arguments(model, passages):
         check_tasks([])
     with pytest.raises(ValueError, match="tasks: expected a list"):
         check_tasks("passages.jsonl")
-    with pytest.raises(ValueError, match="batch_size: expected at least 1"):
+    with pytest.raises(ValueError, match="batch_size: expected a number of at least 1"):
         evaluate(model, TOKENIZER, [passages[0]], batch_size=0)
     with pytest.raises(ValueError, match="limit: expected None or at least 1"):
         evaluate(model, TOKENIZER, [passages[0]], limit=0)

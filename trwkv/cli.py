@@ -3,6 +3,7 @@
     trwkv convert RWKV-4-Pile-169M.pth three-perspectives --perspectives 3 --noise 0.1
     trwkv eval --model three-perspectives --tasks lambada_openai,sciq
     trwkv generate --model three-perspectives --prompt "Once upon a time"
+    trwkv lm-eval --model trwkv --model_args pretrained=three-perspectives --tasks sciq --num_fewshot 5
 
 A model is a folder that `save_pretrained` or `trwkv convert` wrote, or any RWKV-4 checkpoint that `trwkv.convert`
 reads: an official .pth, a file of rwkv.cpp, a Hugging Face folder, a hub id.
@@ -28,7 +29,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # lm-eval's options are for lm-eval's parser alone
+    own, theirs = (arguments[:1], arguments[1:]) if arguments[:1] == ["lm-eval"] else (arguments, [])
+    options = _parser().parse_args(own)
+    options.theirs = theirs
     try:
         options.run(options)
     except (OSError, ValueError) as error:
@@ -74,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
     generate.add_argument("--seed", type=int, help="makes sampling repeatable")
     generate.set_defaults(run=_generate)
+
+    harness = commands.add_parser(
+        "lm-eval", help="lm-eval's own command line, which takes all that follows; its model `trwkv` is ours"
+    )
+    harness.set_defaults(run=_harness)
     return parser
 
 
@@ -146,6 +156,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(format_table(("task", "metric", "value"), rows))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _harness(options: argparse.Namespace) -> None:
+    from trwkv.harness import run_harness
+
+    run_harness(options.theirs)
 
 
 def _generate(options: argparse.Namespace) -> None:

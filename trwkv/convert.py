@@ -6,7 +6,6 @@ checked.
 """
 
 import json
-import pickle
 import re
 from os import PathLike
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trwkv.ggmf import is_ggmf, read_ggmf, write_ggmf
+from trwkv.pth import load_pth
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "attention_hidden_size", "intermediate_size")
 SETTINGS = (*SIZES, "context_length", "tie_word_embeddings", "bos_token_id", "eos_token_id")
@@ -34,7 +34,9 @@ _HF_NAMES = (  # official, Hugging Face
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+\.pth)?")
 _SUFFIXES = (".safetensors", ".bin")
-_SHOWN = 8  # names listed in an error
+_OTHER_FORMATS = {b"GGUF": "GGUF", b"lmgg": "ggml without a version", b"tjgg": "ggjt"}  # by their first bytes
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SHOWN, _SHOWN_LENGTH = 8, 80  # names listed in an error, and characters of each
 
 
 class Rwkv4Checkpoint(NamedTuple):
@@ -98,12 +100,18 @@ def read_rwkv4(source: str | PathLike) -> Rwkv4Checkpoint:
                 f"source: no file or folder {str(source)!r}, and not a hub id (owner/name)"
             )
         path = _download(str(source))
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{path}: expected a file or a folder; it is neither")
     settings = _read_hf_config(path) if path.is_dir() else {}
     tensors = _load_folder(path) if path.is_dir() else _load_file(path)
     is_hf = "rwkv.embeddings.weight" in tensors
     if not settings:
         settings = _infer_sizes(tensors, is_hf, path)
     tied = settings.get("tie_word_embeddings", False)
+    if not 0 < settings["num_hidden_layers"] <= len(tensors):  # or the names alone could fill the memory
+        raise ValueError(
+            f"{path}: it should have {settings['num_hidden_layers']} layers; it holds {len(tensors)} tensors"
+        )
     shapes = rwkv4_shapes(**{name: settings[name] for name in SIZES})
     names = {(hf_name(name) if is_hf or path.is_dir() else name): name for name in shapes}
     if tied and "head.weight" not in tensors:
@@ -160,24 +168,16 @@ def _load_file(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    with path.open("rb") as file:
+        other = _OTHER_FORMATS.get(file.read(4))
+    if other:
+        raise ValueError(f"{path}: a file in the format {other}; of ggml's formats only ggmf can be read")
+    if path.suffix != ".safetensors":
+        return read_ggmf(path) if is_ggmf(path) else load_pth(path)
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        elif is_ggmf(path):
-            return read_ggmf(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: not a file of plain tensors (damaged, or it holds code, of which nothing was run)"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, SafetensorError) as error:
+        return load_file(path)
+    except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path}: not a readable checkpoint (incomplete or damaged): {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
-        raise ValueError(
-            f"{path}: expected a dict of tensors by name; got {type(tensors).__name__} of other things"
-        )
-    return tensors
 
 
 def _load_folder(path: Path) -> dict[str, Tensor]:
@@ -186,23 +186,34 @@ def _load_folder(path: Path) -> dict[str, Tensor]:
             return _load_file(path / name)
         index = path / f"{name}.index.json"
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map", {})
-            tensors: dict[str, Tensor] = {}
-            for shard in sorted(set(weight_map.values())):
-                if Path(shard).name != shard or not (path / shard).is_file():
-                    raise ValueError(f"{index}: lists {shard!r}, which is not a file of that folder")
-                tensors |= _load_file(path / shard)
-            return tensors
+            return _load_shards(path, index)
     raise ValueError(
         f"{path}: expected model.safetensors or pytorch_model.bin (or the index of a sharded one); "
         f"found {sorted(x.name for x in path.iterdir())[:_SHOWN]}"
     )
 
 
+def _load_shards(path: Path, index: Path) -> dict[str, Tensor]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
+        raise ValueError(f"{index}: expected a weight_map of tensors and files")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not (path / shard).is_file():
+            raise ValueError(f"{index}: lists {shard!r}, which is not a file of that folder")
+        more = _load_file(path / shard)
+        if twice := [name for name in more if name in tensors]:
+            raise ValueError(f"{path / shard}: holds what another file holds, too: {_shorten(twice)}")
+        tensors |= more
+    if different := sorted(weight_map.keys() ^ tensors.keys()):
+        raise ValueError(f"{index}: does not list what its files hold: {_shorten(different)}")
+    return tensors
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not readable as JSON (incomplete or damaged): {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object; got {type(content).__name__}")
@@ -220,7 +231,11 @@ def _read_hf_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: already a temporal_rwkv model; load it with from_pretrained")
     if raw.get("model_type") != "rwkv":
         raise ValueError(f"{file}: expected model_type 'rwkv' (RWKV-4); got {raw.get('model_type')!r}")
-    config = RwkvConfig(**raw)
+    try:  # what else it says is of no interest: it could be anything
+        config = RwkvConfig(**{name: raw[name] for name in (*SETTINGS, "layer_norm_epsilon") if name in raw})
+    except Exception as error:  # several of its own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: not the configuration of an RWKV-4: {reason}") from error
     if config.layer_norm_epsilon != LAYER_NORM_EPSILON:
         raise ValueError(
             f"{file}: expected layer_norm_epsilon {LAYER_NORM_EPSILON}; got {config.layer_norm_epsilon}"
@@ -244,7 +259,7 @@ def _infer_sizes(tensors: dict[str, Tensor], is_hf: bool, path: Path) -> dict[st
         return tensor.shape[0] if tensor is not None and tensor.ndim == 2 else default
 
     embedding = tensors.get("rwkv.embeddings.weight" if is_hf else "emb.weight")
-    blocks = [int(match[1]) for name in tensors if (match := re.match(r"(?:rwkv\.)?blocks\.(\d+)\.", name))]
+    blocks = {match[1] for name in tensors if (match := re.match(r"(?:rwkv\.)?blocks\.(\d+)\.", name))}
     if embedding is None or embedding.ndim != 2 or not blocks:
         raise ValueError(
             f"{path}: not an RWKV-4 checkpoint: expected emb.weight [vocab_size, C] and blocks.0...; "
@@ -254,7 +269,7 @@ def _infer_sizes(tensors: dict[str, Tensor], is_hf: bool, path: Path) -> dict[st
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": C,
-        "num_hidden_layers": len(set(blocks)),
+        "num_hidden_layers": len(blocks),
         "attention_hidden_size": rows("blocks.0.att.key.weight", C),
         "intermediate_size": rows("blocks.0.ffn.key.weight", 4 * C),
     }
@@ -274,15 +289,16 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tup
         if tuple(x.shape) != shapes[name]
     ]:
         problems.append(f"wrong shape: {_shorten(wrong)}")
-    if integer := [f"{name} ({x.dtype})" for name, x in present.items() if not x.dtype.is_floating_point]:
-        problems.append(f"not floating point: {_shorten(integer)}")
+    if other := [f"{name} ({x.dtype})" for name, x in present.items() if x.dtype not in _FLOATS]:
+        problems.append(f"not of 64, 32 or 16 bit floating point: {_shorten(other)}")
     if problems:
         raise ValueError(f"{path}: not a complete RWKV-4 checkpoint. " + "; ".join(problems))
 
 
 def _shorten(names: list[str]) -> str:
     rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    shown = [name if name.isprintable() else ascii(name) for name in names[:_SHOWN]]
+    return ", ".join(name[:_SHOWN_LENGTH] for name in shown) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _download(source: str) -> Path:

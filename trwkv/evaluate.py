@@ -9,22 +9,19 @@ target) or the name of an lm-eval task, whose data come from the Hugging Face hu
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from trwkv.data import check_hub
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["HUB_TASKS", "check_tasks", "evaluate"]
+__all__ = ["HUB_TASKS", "check_tasks", "evaluate", "load_passages"]
 
 #: lm-eval's names of the paper's tasks, with lm-eval's folder of each: reading only that saves 20 s.
 HUB_TASKS = {
@@ -36,10 +33,9 @@ HUB_TASKS = {
     "sciq": "sciq",
 }
 
-_LAMBADA_JSONL = Path(__file__).parent / "tasks" / "lambada_jsonl.yaml"
+_LAMBADA_JSONL = "lambada_jsonl"
 _BOOTSTRAP_SAMPLES = 200
 _FEWSHOT_SEED = 1234  # lm-eval's own; for tasks that come with examples
-_NO_LONGEST_CONTEXT = 1 << 30
 
 
 def evaluate(
@@ -78,10 +74,9 @@ def evaluate(
             fetched.
     """
     from lm_eval.evaluator import evaluate as harness_evaluate
-    from lm_eval.tasks import TaskManager
 
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    from trwkv.harness import TrwkvLM, quiet
+
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected None or at least 1 example, got {limit}")
     check_tasks(tasks)
@@ -89,12 +84,13 @@ def evaluate(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     was_training = model.training
     model.eval()
-    lm = _harness_model(model, tokenizer, batch_size, "\n" if newline_prefix else "")
+    lm = TrwkvLM(model, tokenizer, batch_size=batch_size, newline_prefix=newline_prefix)
     results: dict[str, dict[str, float]] = {}
     try:
         for task in tasks:
-            name, spec, manager = _load_spec(task, TaskManager)
-            loaded = manager.load([spec])
+            name, manager = _task_manager(task)
+            with quiet("lm_eval.api.task"):  # it warns of a data set that is loaded by a function
+                loaded = manager.load([name])
             for harness_task in loaded["tasks"].values():
                 if harness_task.get_config("num_fewshot") is None:
                     harness_task.set_config(key="num_fewshot", value=0)
@@ -102,9 +98,10 @@ def evaluate(
             report = harness_evaluate(
                 lm, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP_SAMPLES, log_samples=samples is not None
             )
-            results |= _metrics(report, name)
+            file_name = Path(task).name if _is_file(task) else None
+            results |= _metrics(report, file_name)
             if samples is not None:
-                samples |= _samples(report, name)
+                samples |= _samples(report, file_name)
     finally:
         model.train(was_training)
     return results
@@ -161,21 +158,40 @@ def _check_task_name(name: str) -> None:
         )
 
 
-def _load_spec(task: str | Path, manager: Any) -> tuple[str | None, str | dict[str, Any], Any]:
-    """The file's name, or None; what lm-eval's task manager has to load; and that manager."""
-    if _is_file(task):
-        import yaml
+def load_passages(
+    *, data_files: str | None = None, **others_of_the_run: object
+) -> dict[str, datasets.Dataset]:
+    """The data of the task `lambada_jsonl`: lm-eval calls it with everything in `--metadata` and `--model_args`.
 
-        spec = yaml.safe_load(_LAMBADA_JSONL.read_text(encoding="utf-8"))
-        spec["dataset_kwargs"]["data_files"] = {"test": str(Path(task).resolve())}
-        return Path(task).name, spec, manager(include_defaults=False)
+    Raises:
+        ValueError: no file, or not one of passages.
+    """
+    import datasets
+
+    if not isinstance(data_files, str):
+        raise ValueError(
+            f"{_LAMBADA_JSONL}: expected the path of a jsonl file in --metadata data_files=...; got {data_files!r}"
+        )
+    _check_passages(Path(data_files))
+    return datasets.load_dataset("json", data_files={"test": data_files})
+
+
+def _task_manager(task: str | Path) -> tuple[str, Any]:
+    """lm-eval's name of the task, and a task manager that knows it."""
+    import lm_eval.tasks
+
+    from trwkv.harness import TASKS
+
+    if _is_file(task):
+        metadata = {"data_files": str(Path(task).resolve())}
+        return _LAMBADA_JSONL, lm_eval.tasks.TaskManager(
+            include_defaults=False, include_path=str(TASKS), metadata=metadata
+        )
     name = str(task)
     if name in HUB_TASKS:
-        import lm_eval.tasks
-
         folder = Path(lm_eval.tasks.__file__).parent / HUB_TASKS[name]
-        return None, name, manager(include_defaults=False, include_path=str(folder))
-    return None, name, manager()
+        return name, lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
+    return name, lm_eval.tasks.TaskManager()
 
 
 def _metrics(report: Any, file_name: str | None) -> dict[str, dict[str, float]]:
@@ -201,34 +217,3 @@ def _samples(report: Any, file_name: str | None) -> dict[str, dict[str, list[flo
         }
         for task, records in report["samples"].items()
     }
-
-
-def _harness_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, prefix: str
-) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    class PrefixedLM(HFLM):
-        """lm-eval's wrapper of a transformers model, with `prefix` put before every context."""
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            prefixed = [
-                dataclasses.replace(request, arguments=(prefix + request.args[0], request.args[1]))
-                for request in requests
-            ]
-            return super().loglikelihood(prefixed, disable_tqdm=disable_tqdm)
-
-    log = logging.getLogger("lm_eval.models.huggingface")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns that a model instance was passed, which is the purpose here
-    try:
-        return PrefixedLM(
-            pretrained=model,
-            backend="causal",
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_length=_NO_LONGEST_CONTEXT,
-            softmax_dtype=torch.float32,
-        )
-    finally:
-        log.setLevel(level)

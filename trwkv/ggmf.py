@@ -3,7 +3,8 @@
 Little-endian int32 throughout. A header: magic, version, n_vocab, n_embed, n_layer, type of the matrices. Then, until
 the file ends, every tensor: number of dimensions, length of its name, type (0: float32, 1: float16), the dimensions
 from the last to the first, the name, the values. The time_* vectors lie there without axes of length one, and
-time_decay as -exp(time_decay), what the recurrence needs: read back, a decay is exact to 6e-8 (float32).
+time_decay as -exp(time_decay), what the recurrence needs. Read back, that is the same to the bit, and time_decay
+itself to 6e-8 (float32).
 """
 
 import struct
@@ -63,7 +64,7 @@ def write_ggmf(path: Path, state: dict[str, Tensor]) -> None:
             if ".time_" in name:
                 x = x.reshape(-1)
             if name.endswith("time_decay"):
-                x = -torch.exp(x.double())
+                x = -torch.exp(x.float())
             dtype = x.dtype if x.ndim > 1 and x.dtype == torch.float16 else torch.float32
             key = name.encode()
             file.write(_TENSOR.pack(x.ndim, len(key), _TYPES.index(dtype)))
@@ -78,7 +79,10 @@ def _tensors(file: BinaryIO, size: int, path: Path) -> Iterator[tuple[str, Tenso
         if n_dims not in (1, 2) or not 0 < length <= _MAX_NAME:
             raise ValueError(f"{path}: damaged: a tensor of {n_dims} dimensions and a name of {length} bytes")
         shape = struct.unpack(f"<{n_dims}i", _read(file, 4 * n_dims, path))[::-1]
-        name = _read(file, length, path).decode("ascii", errors="replace")
+        key = _read(file, length, path)
+        name = key.decode("ascii", errors="replace")
+        if not (name.isascii() and name.isprintable()):
+            raise ValueError(f"{path}: damaged: a tensor's name is {key!r}")
         if kind not in (0, 1):
             raise ValueError(
                 f"{path}: {name}: expected float32 or float16 (type 0 or 1); got type {kind}: quantised?"
@@ -105,7 +109,19 @@ def _read(file: BinaryIO, n: int, path: Path) -> bytes:
 
 def _official(name: str, x: Tensor, path: Path) -> Tensor:
     if name.endswith("time_decay"):
-        if not (x < 0).all():
-            raise ValueError(f"{path}: {name}: expected negative log decays; got {x.max().item():g}")
-        return torch.log(-x.double()).float()
+        if not (torch.isfinite(x) & (x < 0)).all():
+            raise ValueError(
+                f"{path}: {name}: expected finite negative log decays; got {x.min().item():g} to {x.max().item():g}"
+            )
+        return _time_decay(x.float())
     return x.view(1, 1, -1) if ".time_mix" in name else x
+
+
+def _time_decay(w: Tensor) -> Tensor:
+    """log(-w), rounded so that the model's own `-exp(time_decay)`, in float32, is w again to the bit."""
+    exact = torch.log(-w.double())
+    result = exact.float()
+    for step in (2**-25, -(2**-25), 2**-24, -(2**-24)):
+        other = (exact + step).float()
+        result = torch.where((torch.exp(result) != -w) & (torch.exp(other) == -w), other, result)
+    return result
