@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from trwkv.modules import PerspectiveSelector
+from trwkv.modules import PerspectiveSelector, TimeMixing
 
 if TYPE_CHECKING:
     from trwkv.models import TemporalRwkvForCausalLM
@@ -24,7 +24,7 @@ __all__ = ["half_lives", "output_distance", "selector_entropy", "selector_weight
 
 def half_lives(model: TemporalRwkvForCausalLM) -> list[Tensor]:
     """Per layer: the tokens after which half of a memory is left, [P, C] (a shared decay has one row)."""
-    decays = (block.att.time_decay.detach().float() for block in model.rwkv.blocks)
+    decays = (layer.time_decay.detach().float() for layer in _time_mixings(model))
     return [math.log(2) / torch.exp(decay.reshape(-1, decay.shape[-1])) for decay in decays]
 
 
@@ -53,7 +53,7 @@ def output_distance(model: TemporalRwkvForCausalLM, input_ids: Tensor) -> float:
         input_ids: [B, T].
     """
     inputs: list[Tensor] = []
-    layers = [block.att for block in model.rwkv.blocks]
+    layers = _time_mixings(model)
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
     try:
         model(input_ids, use_cache=False)
@@ -74,7 +74,11 @@ def output_distance(model: TemporalRwkvForCausalLM, input_ids: Tensor) -> float:
     return sum(distances) / len(distances)
 
 
-def _alone(layer: nn.Module, x: Tensor, p: int) -> Tensor:
+def _time_mixings(model: TemporalRwkvForCausalLM) -> list[TimeMixing]:
+    return [cast(TimeMixing, block.att) for block in model.rwkv.blocks]
+
+
+def _alone(layer: TimeMixing, x: Tensor, p: int) -> Tensor:
     """The layer's output with all weight on perspective p."""
     weights = [float(i == p) for i in range(layer.n_perspectives)]
     layer.selector = PerspectiveSelector(

@@ -50,8 +50,9 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Score a causal language model on lm-eval tasks, with as many examples as each task itself asks for (mostly none).
 
-    The model reads every passage whole, from a fresh state, whatever its training context length was; the
-    result does not depend on `batch_size`. Perplexity is that of the target, `exp(-mean(log p(target |
+    The model reads every passage whole, from a fresh state, whatever its training context length was. In float32 the
+    result does not depend on `batch_size`; in half precision it does a little, as matrix products round by the shape of
+    the batch. Perplexity is that of the target, `exp(-mean(log p(target |
     context)))`: per target word, so it can be compared between tokenizers. Accuracy is 1 where greedy
     decoding gives the target.
 
