@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
 from trwkv import convert
-from trwkv.models.cache import LayerState, TemporalRwkvCache, rows_started
+from trwkv.models.cache import TemporalRwkvCache, TemporalRwkvCacheLayer
 from trwkv.models.configuration import TemporalRwkvConfig
+from trwkv.models.generation import TemporalRwkvGenerationMixin
 from trwkv.models.outputs import ParameterCount, TemporalRwkvCausalLMOutput, TemporalRwkvOutput
 from trwkv.models.padding import padding_first, reorder, token_mask
 from trwkv.models.weights import rwkv4_state, with_rwkv4_weights
@@ -68,7 +69,9 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
         if self.layer_index == 0:
             x = self.ln0(x)
         cached = past_key_values is not None
-        state = LayerState() if past_key_values is None else past_key_values.layers[self.layer_index]
+        state = (
+            TemporalRwkvCacheLayer() if past_key_values is None else past_key_values.layers[self.layer_index]
+        )
         attention, attention_shift, wkv = self.att(
             self.ln1(x),
             mask=mask,
@@ -80,8 +83,8 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
         feed_forward, feed_forward_shift = self.ffn(
             self.ln2(x), mask=mask, shift_state=state.feed_forward_shift, output_state=cached
         )
-        if past_key_values is not None:
-            past_key_values.layers[self.layer_index] = LayerState(attention_shift, wkv, feed_forward_shift)
+        if cached:
+            state.update(attention_shift=attention_shift, wkv=wkv, feed_forward_shift=feed_forward_shift)
         return x + feed_forward
 
 
@@ -93,7 +96,6 @@ class TemporalRwkvPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TemporalRwkvBlock"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["time_decay", "time_first"]  # noqa: RUF012
-    _is_stateful = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -150,6 +152,7 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             use_cache: return the state (default: `config.use_cache`, but not in training).
 
         Raises:
+            TypeError: `past_key_values` of another model's kind.
             ValueError: neither or both inputs, a mask that does not fit, padding after a cached token.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -158,20 +161,16 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache, cache = self._choose_cache(use_cache, past_key_values)
+        if cache is not None:
+            self.replay(cache)
         B, T = x.shape[:2]
         mask, order = token_mask(attention_mask, B, T, past_key_values), None
         if mask is not None:
             order = padding_first(mask)
             x, mask = reorder(x, order), mask.gather(1, order)
-        if cache is not None:
-            cache.advance(T, rows_started(mask, B, T, x.device))
-
-        if self.has_streams:
-            x = x.unsqueeze(2).expand(-1, -1, self.config.n_perspectives, -1)
-        hidden_states = []
-        for block in self.blocks:
-            hidden_states += [x] if output_hidden_states else []
-            x = block(x, mask, past_key_values=cache)
+        if cache is not None and cache.recording is not None:
+            cache.recording.append(x, mask)
+        *hidden_states, x = self._run_blocks(x, mask, cache, output_hidden_states)
         x = self.ln_out(x)
         if self.has_streams:
             x = merge_perspectives(x, self.selector(x.mean(dim=2)))
@@ -185,6 +184,29 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
 
+    def _run_blocks(
+        self, x: Tensor, mask: Tensor | None, cache: TemporalRwkvCache | None, output_hidden_states: bool
+    ) -> list[Tensor]:
+        """The output of the last block, after the inputs of all where asked for."""
+        if cache is not None:
+            B, T = x.shape[:2]
+            cache.advance(T, torch.full((B,), T, device=x.device) if mask is None else mask.sum(dim=1))
+        if self.has_streams:
+            x = x.unsqueeze(2).expand(-1, -1, self.config.n_perspectives, -1)
+        hidden_states = []
+        for block in self.blocks:
+            hidden_states += [x] if output_hidden_states else []
+            x = block(x, mask, past_key_values=cache)
+        return [*hidden_states, x]
+
+    def replay(self, cache: TemporalRwkvCache) -> None:
+        """Run again what `cache.crop` has left of the calls it went back on, if there is something."""
+        past = cache.recording
+        if past is not None and past.x is not None and past.replay:
+            cache.recording = None
+            self._run_blocks(past.x, past.mask, cache, output_hidden_states=False)
+            cache.activate_past_recording()
+
     def _choose_cache(
         self, use_cache: bool | None, cache: TemporalRwkvCache | None
     ) -> tuple[bool, TemporalRwkvCache | None]:
@@ -196,12 +218,16 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
                 raise ValueError("past_key_values: expected None in training with gradient checkpointing")
             return False, None
         layers = len(self.blocks)
+        if cache is not None and not isinstance(cache, TemporalRwkvCache):
+            raise TypeError(
+                f"past_key_values: expected a TemporalRwkvCache({layers}) or None; got {type(cache).__name__}"
+            )
         if cache is not None and len(cache) != layers:
             raise ValueError(f"past_key_values: expected a state of {layers} layers; got {len(cache)}")
         return use_cache, TemporalRwkvCache(layers) if cache is None and use_cache else cache
 
 
-class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
+class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGenerationMixin):
     """The model with its head. `from_rwkv4` gives an RWKV-4 checkpoint perspectives; `to_rwkv4` writes one."""
 
     _tied_weights_keys = {"head.weight": "rwkv.emb.weight"}  # noqa: RUF012
@@ -346,14 +372,6 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore
-        """Hugging Face's own, less the mask once a state is there: the new token is always one."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore
-        inputs.pop("cache_position", None)  # transformers 5.0 counts for everyone
-        if inputs.get("past_key_values") is not None and not kwargs.get("is_first_iteration"):
-            inputs["attention_mask"] = None
-        return inputs
 
     def perspective_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of what perspectives consist of: the vectors named by

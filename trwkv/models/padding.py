@@ -11,6 +11,8 @@ def token_mask(
 ) -> Tensor | None:
     """The mask of these tokens as bool [B, T], or None when it leaves nothing out.
 
+    Under torch.compile, which cannot look at numbers, any mask is taken to leave something out, rightly placed.
+
     Args:
         attention_mask: [B, T], or longer with a cache: its last T columns count. 0 where there is no token.
         batch_size, n_tokens: B and T.
@@ -27,6 +29,8 @@ def token_mask(
             f"attention_mask: expected shape [B, T] = {[batch_size, n_tokens]}; got {list(shape)}"
         )
     mask = attention_mask[:, shape[1] - n_tokens :].bool()
+    if torch.compiler.is_compiling():
+        return mask
     if bool(mask.all()):
         return None
     started = None if cache is None else cache.started
