@@ -141,7 +141,7 @@ class TemporalRwkvCache(Cache):
             step on a GPU (what its `cache_implementation="static"` asks for). Without gradients only.
     """
 
-    layers: list[TemporalRwkvCacheLayer]
+    layers: list[TemporalRwkvCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, num_hidden_layers: int, *, static: bool = False) -> None:
         super().__init__(layers=[TemporalRwkvCacheLayer(static) for _ in range(num_hidden_layers)])

@@ -9,7 +9,8 @@ from transformers.utils import ModelOutput
 
 from trwkv.models.cache import TemporalRwkvCache
 
-CACHE_IMPLEMENTATIONS = (None, "dynamic", "static")
+# "dynamic_full" is what assisted generation of transformers before 5.23 asks an assistant for
+CACHE_IMPLEMENTATIONS = (None, "dynamic", "dynamic_full", "static")
 
 
 class TemporalRwkvGenerationMixin(GenerationMixin):
@@ -26,7 +27,7 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
         the name of the class, which a subclass need not have.)"""
         return False
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         kind = generation_config.cache_implementation
@@ -38,9 +39,9 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
         if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore
         else:
-            layers = self.config.num_hidden_layers
+            layers = self.config.num_hidden_layers  # type: ignore
             model_kwargs["past_key_values"] = TemporalRwkvCache(layers, static=kind == "static")
-        if generation_config.is_assistant:
+        if generation_config.is_assistant:  # its drafts are taken back where they fail
             model_kwargs["past_key_values"].activate_past_recording()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +184,11 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         )
 
     def _run_blocks(
-        self, x: Tensor, mask: Tensor | None, cache: TemporalRwkvCache | None, output_hidden_states: bool
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cache: TemporalRwkvCache | None,
+        output_hidden_states: bool | None,
     ) -> list[Tensor]:
         """The output of the last block, after the inputs of all where asked for."""
         if cache is not None:
