@@ -15,7 +15,7 @@ from trwkv.models.cache import TemporalRwkvCache, TemporalRwkvCacheLayer
 from trwkv.models.configuration import TemporalRwkvConfig
 from trwkv.models.generation import TemporalRwkvGenerationMixin
 from trwkv.models.outputs import ParameterCount, TemporalRwkvCausalLMOutput, TemporalRwkvOutput
-from trwkv.models.padding import padding_first, reorder, token_mask
+from trwkv.models.padding import last_token_place, padding_first, reorder, token_mask
 from trwkv.models.weights import rwkv4_state, with_rwkv4_weights
 from trwkv.modules import (
     ChannelMixing,
@@ -145,7 +145,8 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             input_ids: [B, T] int64, or instead of it `inputs_embeds` [B, T, C].
             attention_mask: [B, T], or longer with a cache (the last T columns count): 0 where there is no
                 token. Such places are skipped wherever they are: a row gives the same outputs and state as
-                its tokens alone. Outputs at such places mean nothing.
+                its tokens alone. Outputs at such places are those of the last token before, so that `generate`
+                takes rows padded on the right too; before the first token they mean nothing.
             past_key_values: state to continue from; updated in place. After a row's first token a cache
                 allows no more padding in it.
             use_cache: return the state (default: `config.use_cache`, but not in training).
@@ -163,9 +164,9 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         if cache is not None:
             self.replay(cache)
         B, T = x.shape[:2]
-        mask, order = token_mask(attention_mask, B, T, past_key_values), None
+        mask, places = token_mask(attention_mask, B, T, past_key_values), None
         if mask is not None:
-            order = padding_first(mask)
+            order, places = padding_first(mask), last_token_place(mask)
             x, mask = reorder(x, order), mask.gather(1, order)
         if cache is not None and cache.recording is not None:
             cache.recording.append(x, mask)
@@ -174,9 +175,8 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         if self.has_streams:
             x = merge_perspectives(x, self.selector(x.mean(dim=2)))
         hidden_states.append(x)
-        if order is not None:
-            inverse = torch.argsort(order, dim=1)
-            hidden_states = [reorder(h, inverse) for h in hidden_states]
+        if places is not None:
+            hidden_states = [reorder(h, places) for h in hidden_states]
         return TemporalRwkvOutput(
             last_hidden_state=hidden_states[-1],
             past_key_values=cache if use_cache else None,

@@ -46,6 +46,15 @@ def padding_first(mask: Tensor) -> Tensor:
     return torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
 
 
+def last_token_place(mask: Tensor) -> Tensor:
+    """Where, in the order of `padding_first`, each place's last token is [B, T]: the one there, or else before it.
+
+    So the last place of a row padded on the right has the output `generate` looks for there. Places before the
+    first token get one of padding.
+    """
+    return mask.cumsum(dim=1) - 1 + (~mask).sum(dim=1, keepdim=True)
+
+
 def reorder(x: Tensor, order: Tensor) -> Tensor:
     """Row b, place t of the result is x[b, order[b, t]]; x [B, T, ...], order [B, T]."""
     return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), order]
