@@ -231,7 +231,11 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
 
 
 class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGenerationMixin):
-    """The model with its head. `from_rwkv4` gives an RWKV-4 checkpoint perspectives; `to_rwkv4` writes one."""
+    """The model with its head. `from_rwkv4` gives an RWKV-4 checkpoint perspectives; `to_rwkv4` writes one.
+
+    Loaded in half precision (`from_pretrained(dtype=...)`, `from_rwkv4(dtype=...)`) it keeps decay and bonus in
+    float32, and the WKV state always is; `.to(torch.bfloat16)` rounds whatever parameters there are.
+    """
 
     _tied_weights_keys = {"head.weight": "rwkv.emb.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True
