@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
 from trwkv import convert
-from trwkv.models.cache import TemporalRwkvCache, TemporalRwkvCacheLayer
+from trwkv.models.block import TemporalRwkvBlock, new_selector
+from trwkv.models.cache import TemporalRwkvCache
 from trwkv.models.configuration import TemporalRwkvConfig
 from trwkv.models.generation import TemporalRwkvGenerationMixin
 from trwkv.models.outputs import ParameterCount, TemporalRwkvCausalLMOutput, TemporalRwkvOutput
@@ -25,66 +25,6 @@ from trwkv.modules import (
     TimeMixing,
     merge_perspectives,
 )
-from trwkv.modules.channel_mixing import CHANNEL_VECTORS
-from trwkv.modules.time_mixing import TIME_VECTORS
-
-
-class TemporalRwkvBlock(GradientCheckpointingLayer):
-    """`x += TimeMixing(LayerNorm(x)); x += ChannelMixing(LayerNorm(x))`; block 0 also owns the LayerNorm
-    before."""
-
-    def __init__(self, config: TemporalRwkvConfig, layer_index: int) -> None:
-        super().__init__()
-        self.layer_index = layer_index
-        size, eps, P = config.hidden_size, config.layer_norm_epsilon, config.n_perspectives
-        common = {
-            "n_perspectives": P,
-            "perspective_noise": config.perspective_noise,
-            "layer_index": layer_index,
-            "n_layers": config.num_hidden_layers,
-        }
-        if layer_index == 0:
-            self.ln0 = nn.LayerNorm(size, eps=eps)
-        self.ln1 = nn.LayerNorm(size, eps=eps)
-        self.ln2 = nn.LayerNorm(size, eps=eps)
-        self.att = TimeMixing(
-            size,
-            config.attention_hidden_size,
-            perspective_vectors=[name for name in config.perspective_vectors if name in TIME_VECTORS],
-            selector=_selector(config) if config.placement == "layer" and P > 1 else None,
-            backend=config.wkv_backend,
-            **common,
-        )
-        self.ffn = ChannelMixing(
-            size,
-            config.intermediate_size,
-            perspective_vectors=[name for name in config.perspective_vectors if name in CHANNEL_VECTORS],
-            **common,
-        )
-
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, past_key_values: TemporalRwkvCache | None = None
-    ) -> Tensor:
-        if self.layer_index == 0:
-            x = self.ln0(x)
-        cached = past_key_values is not None
-        state = (
-            TemporalRwkvCacheLayer() if past_key_values is None else past_key_values.layers[self.layer_index]
-        )
-        attention, attention_shift, wkv = self.att(
-            self.ln1(x),
-            mask=mask,
-            shift_state=state.attention_shift,
-            wkv_state=state.wkv,
-            output_state=cached,
-        )
-        x = x + attention
-        feed_forward, feed_forward_shift = self.ffn(
-            self.ln2(x), mask=mask, shift_state=state.feed_forward_shift, output_state=cached
-        )
-        if cached:
-            state.update(attention_shift=attention_shift, wkv=wkv, feed_forward_shift=feed_forward_shift)
-        return x + feed_forward
 
 
 class TemporalRwkvPreTrainedModel(PreTrainedModel):
@@ -118,7 +58,7 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.has_streams = config.placement == "stream" and config.n_perspectives > 1
         if self.has_streams:
-            self.selector = _selector(config)
+            self.selector = new_selector(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -408,16 +348,6 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
         trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         base = total - round(added)
         return ParameterCount(total, base, round(added), 100 * added / base, trainable)
-
-
-def _selector(config: TemporalRwkvConfig) -> PerspectiveSelector:
-    return PerspectiveSelector(
-        config.hidden_size,
-        config.n_perspectives,
-        aggregation=config.aggregation,
-        fixed_weights=config.fixed_weights,
-        noise=config.selector_noise,
-    )
 
 
 def _vector_name(parameter_name: str) -> str:
