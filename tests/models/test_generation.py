@@ -7,7 +7,7 @@ import torch
 from test_models import KINDS, random_model, random_tokens
 from transformers import DynamicCache
 
-from trwkv.models import TemporalRwkvCache
+from trwkv.models import TemporalRwkvCache, TemporalRwkvForCausalLM
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
 
@@ -48,6 +48,18 @@ def test_a_padded_row_generates_what_it_does_alone(kind, side, use_cache):
         assert torch.equal(together.sequences[row, 9:], alone.sequences[0, prompt.shape[1] :])
         for a, b in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(a[row], b[0], rtol=0, atol=2e-5)
+
+
+def test_no_name_of_a_class_makes_hugging_face_choose_the_cache():
+    class Renamed(TemporalRwkvForCausalLM):
+        pass
+
+    model, tokens = random_model(), random_tokens(2, 6)
+    assert not Renamed._supports_default_dynamic_cache()
+    model.__class__ = Renamed
+    output = model.generate(tokens, return_dict_in_generate=True, **GREEDY)
+    assert type(output.past_key_values) is TemporalRwkvCache
+    assert torch.equal(output.sequences, rerun_greedily(model, tokens, 12))
 
 
 def test_each_step_runs_one_token_and_the_state_keeps_its_size(monkeypatch):
