@@ -336,13 +336,14 @@ def test_every_parameter_gets_a_gradient():
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["layer", "stream"])
-def test_gradient_checkpointing_gives_the_same_gradients(kind):
+def test_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
     tokens, grads = random_tokens(2, 9), []
     for checkpointing in (False, True):
         model = random_model(kind).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             assert all(block.gradient_checkpointing for block in model.rwkv.blocks)
             with pytest.raises(ValueError, match="gradient checkpointing"):
                 model(tokens, past_key_values=TemporalRwkvCache(2))

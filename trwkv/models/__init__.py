@@ -5,7 +5,7 @@ Importing this package registers the model with AutoConfig, AutoModel and AutoMo
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from trwkv.models.cache import TemporalRwkvCache
+from trwkv.models.cache import TemporalRwkvCache, TemporalRwkvCacheLayer
 from trwkv.models.configuration import TemporalRwkvConfig
 from trwkv.models.modeling import (
     TemporalRwkvForCausalLM,
@@ -21,6 +21,7 @@ AutoModelForCausalLM.register(TemporalRwkvConfig, TemporalRwkvForCausalLM, exist
 __all__ = [
     "ParameterCount",
     "TemporalRwkvCache",
+    "TemporalRwkvCacheLayer",
     "TemporalRwkvCausalLMOutput",
     "TemporalRwkvConfig",
     "TemporalRwkvForCausalLM",

@@ -1,80 +1,218 @@
-"""The recurrent state of the model: the same size after any number of tokens."""
+"""The recurrent state of the model as a Hugging Face cache: the same size after any number of tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_STATES = ("attention_shift", "wkv", "feed_forward_shift")
 
 
-@dataclass
-class LayerState:
-    """State of one block after a token; None before the first one.
+def _at_static_address(state: Tensor) -> Tensor:
+    state = state.clone()
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(state)  # or CUDA graphs would not have it change in place
+    return state
+
+
+class TemporalRwkvCacheLayer(CacheLayerMixin):
+    """State of one block after a token; None, each part of it, before the first one.
 
     Streams (placement "stream", P > 1) have a P axis where it is in parentheses.
+
+    Attributes:
+        attention_shift: [B, (P,) C], the time mixing's last input.
+        wkv: [B, 3, P, A] float32, (num, den, exp).
+        feed_forward_shift: [B, (P,) C], the channel mixing's last input.
+        counts: [B, 2] int64, places seen (padding included, the same in every row) and tokens among them.
     """
 
-    attention_shift: Tensor | None = None  # [B, (P,) C], the time mixing's last input
-    wkv: Tensor | None = None  # [B, 3, P, A] float32: (num, den, exp)
-    feed_forward_shift: Tensor | None = None  # [B, (P,) C], the channel mixing's last input
+    supports_early_init = False  # there are no keys and values to make room for
 
+    def __init__(self, static: bool = False) -> None:
+        super().__init__()
+        self.static = static
+        self.attention_shift: Tensor | None = None
+        self.wkv: Tensor | None = None
+        self.feed_forward_shift: Tensor | None = None
+        self.counts: Tensor | None = None
+        self.device: torch.device | None = None
 
-class TemporalRwkvCache:
-    """What `generate()` carries from token to token: one `LayerState` per block.
+    def lazy_initialization(self, *keys_and_values: Tensor) -> None:
+        raise NotImplementedError("TemporalRwkvCacheLayer: a recurrent state has no keys and values")
 
-    The model updates it in place, as Hugging Face's own caches are. `started` [B] tells which rows have seen
-    a token: padding must come before (see `TemporalRwkvModel.forward`).
-    """
+    def update(self, **states: Tensor) -> None:  # type: ignore[override]
+        """Replace the states named; a static layer keeps their addresses."""
+        for name, state in states.items():
+            old = getattr(self, name)
+            if not self.static:
+                setattr(self, name, state)
+            elif old is not None and (old.shape, old.device) == (state.shape, state.device):
+                old.copy_(state)
+            else:
+                setattr(self, name, _at_static_address(state))
+        self.is_initialized = True
 
-    is_compileable = False
-    is_croppable = False
+    def get_seq_length(self) -> int:
+        """Places seen, padding included."""
+        return 0 if self.counts is None else int(self.counts[0, 0])
 
-    def __init__(self, num_hidden_layers: int) -> None:
-        self.layers = [LayerState() for _ in range(num_hidden_layers)]
-        self.started: Tensor | None = None
-        self.seen_tokens = 0
+    def get_max_length(self) -> int:
+        """-1: there is no longest sequence."""
+        return -1
 
-    def __len__(self) -> int:
-        return len(self.layers)
+    get_max_cache_shape = get_max_length  # the older name
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, padding included (the same for every layer)."""
-        return self.seen_tokens
-
-    def advance(self, n_tokens: int, started: Tensor) -> None:
-        """Count `n_tokens` more; `started` [B] bool: the rows that had a token among them."""
-        self.seen_tokens += n_tokens
-        self.started = started if self.started is None else self.started | started
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("TemporalRwkvCacheLayer: a recurrent state has no keys to mask")
 
     def reset(self) -> None:
         """Back to the start of a sequence."""
-        self.layers = [LayerState() for _ in self.layers]
-        self.started, self.seen_tokens = None, 0
+        self.attention_shift = self.wkv = self.feed_forward_shift = self.counts = None
+        self.is_initialized = False
 
-    def reorder_cache(self, beam_idx: Tensor) -> "TemporalRwkvCache":
-        """Row b becomes the former row `beam_idx[b]`, in place (beam search)."""
-        return self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes the former row `beam_idx[b]` (beam search)."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
-    def batch_repeat_interleave(self, repeats: int) -> "TemporalRwkvCache":
-        """Every row `repeats` times over, in place."""
-        return self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, numbers or a bool mask."""
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times over."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        """Move the state to the CPU."""
+        if self.wkv is not None:
+            self.device = self.wkv.device
+        self._map(lambda x: x.cpu())
+
+    def prefetch(self) -> None:
+        """Move the state back to where `offload` found it."""
+        self._map(lambda x: x.to(self.device))
+
+    def states(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        states = {name: getattr(self, name) for name in (*_STATES, "counts")}
+        return {name: state for name, state in states.items() if state is not None}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.update(**{name: change(state) for name, state in self.states().items()})
+
+
+@dataclass
+class Recording:
+    """What `TemporalRwkvCache.crop` goes back with.
+
+    Attributes:
+        states: of every layer, before the inputs below.
+        x, mask: inputs of the blocks since, [B, T, C], and where they are tokens, [B, T] bool; None: none yet.
+        replay: whether the layers are as in `states`, and must see x again.
+    """
+
+    states: list[dict[str, Tensor]]
+    x: Tensor | None = None
+    mask: Tensor | None = None
+    replay: bool = False
+
+    def n_places(self) -> int:
+        return 0 if self.x is None else self.x.shape[1]
+
+    def append(self, x: Tensor, mask: Tensor | None) -> None:
+        """Inputs that the blocks are about to see."""
+        mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+        self.x = x if self.x is None else torch.cat([self.x, x], dim=1)
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+
+
+class TemporalRwkvCache(Cache):
+    """What `generate()` carries from token to token: one `TemporalRwkvCacheLayer` per block.
+
+    The model updates it, as Hugging Face's own caches are; to go on from one prompt in several ways, give each
+    its own `copy.deepcopy`.
+
+    Args:
+        num_hidden_layers: blocks of the model.
+        static: keep every state at one address, changed in place, so that `generate` compiles the decoding
+            step on a GPU (what its `cache_implementation="static"` asks for). Without gradients only.
+    """
+
+    layers: list[TemporalRwkvCacheLayer]  # type: ignore[assignment]
+
+    def __init__(self, num_hidden_layers: int, *, static: bool = False) -> None:
+        super().__init__(layers=[TemporalRwkvCacheLayer(static) for _ in range(num_hidden_layers)])
+        self.static = static
+        self.recording: Recording | None = None
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        return self.static
+
+    @property
+    def started(self) -> Tensor | None:
+        """[B] bool, the rows that have seen a token: padding must come before. None: no row has."""
+        counts = self.layers[0].counts
+        return None if counts is None else counts[:, 1] > 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Places seen, padding included."""
+        waiting = self.recording.n_places() if self.recording is not None and self.recording.replay else 0
+        return self.layers[layer_idx].get_seq_length() + waiting
+
+    def reset(self) -> None:
+        """Back to the start of a sequence."""
+        super().reset()
+        self.recording = None
+
+    def activate_past_recording(self) -> None:
+        """Let `crop` go back to any place from here on, until it is called again or `recording` is set to None."""
+        if self.static:
+            raise ValueError("past_key_values: expected static=False to go back in; got static=True")
+        if self.recording is None:
+            self.recording = Recording([layer.states() for layer in self.layers])
+
+    def crop(self, length: int) -> None:
+        """Forget the last places. A recurrent state cannot, unless recorded since a place before those to forget:
+        then the model runs what was to be kept since again, in its next call (assisted generation works so).
+
+        Args:
+            length: as Hugging Face's caches take it, how many places to keep, or if negative to drop; 0 drops none.
+
+        Raises:
+            ValueError: more to drop than was recorded.
+        """
+        drop = -length if length <= 0 else max(self.get_seq_length() - length, 0)
+        past = self.recording
+        n_recorded = 0 if past is None else past.n_places()
+        if drop > n_recorded:
+            raise ValueError(
+                f"crop: expected to drop at most the {n_recorded} last places, those recorded (a recurrent state "
+                f"cannot go back; copy.deepcopy it, or call activate_past_recording, before going on); got {drop}"
+            )
+        if past is None or past.x is None or past.mask is None:
+            return
+        if drop > 0:
+            super().reset()
+            for layer, states in zip(self.layers, past.states, strict=True):
+                layer.update(**states)
+            kept = n_recorded - drop
+            self.recording = Recording(past.states, past.x[:, :kept], past.mask[:, :kept], replay=kept > 0)
+        elif not past.replay:
+            self.recording = Recording([layer.states() for layer in self.layers])
+
+    def advance(self, n_places: int, n_tokens: Tensor) -> None:
+        """Count `n_places` more, of which `n_tokens` [B] int64 have a token."""
+        counts = torch.stack([torch.full_like(n_tokens, n_places), n_tokens], dim=1)
+        if self.layers[0].counts is not None:
+            counts = self.layers[0].counts + counts
+        for layer in self.layers:
+            layer.update(counts=counts)
 
     def nbytes(self) -> int:
-        """Bytes of memory the state keeps alive."""
-        tensors = [x for layer in self.layers for x in vars(layer).values() if x is not None]
-        return sum(x.untyped_storage().nbytes() for x in tensors)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "TemporalRwkvCache":
-        for layer in self.layers:
-            for field in fields(layer):
-                x = getattr(layer, field.name)
-                setattr(layer, field.name, None if x is None else change(x))
-        self.started = None if self.started is None else change(self.started)
-        return self
-
-
-def rows_started(mask: Tensor | None, batch_size: int, n_tokens: int, device: torch.device) -> Tensor:
-    """[B] bool: which rows hold a token, by a bool mask [B, T] (None: all)."""
-    if mask is None:
-        return torch.full((batch_size,), n_tokens > 0, device=device)
-    return mask.any(dim=1)
+        """Bytes of memory the states keep alive."""
+        states = [getattr(layer, name) for layer in self.layers for name in _STATES]
+        return sum(x.untyped_storage().nbytes() for x in states if x is not None)

@@ -2,20 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
 from trwkv import convert
-from trwkv.models.cache import LayerState, TemporalRwkvCache, rows_started
+from trwkv.models.block import TemporalRwkvBlock, new_selector
+from trwkv.models.cache import TemporalRwkvCache
 from trwkv.models.configuration import TemporalRwkvConfig
+from trwkv.models.generation import TemporalRwkvGenerationMixin
 from trwkv.models.outputs import ParameterCount, TemporalRwkvCausalLMOutput, TemporalRwkvOutput
-from trwkv.models.padding import padding_first, reorder, token_mask
+from trwkv.models.padding import last_token_place, padding_first, reorder, token_mask
 from trwkv.models.weights import rwkv4_state, with_rwkv4_weights
 from trwkv.modules import (
     ChannelMixing,
@@ -25,64 +25,6 @@ from trwkv.modules import (
     TimeMixing,
     merge_perspectives,
 )
-from trwkv.modules.channel_mixing import CHANNEL_VECTORS
-from trwkv.modules.time_mixing import TIME_VECTORS
-
-
-class TemporalRwkvBlock(GradientCheckpointingLayer):
-    """`x += TimeMixing(LayerNorm(x)); x += ChannelMixing(LayerNorm(x))`; block 0 also owns the LayerNorm
-    before."""
-
-    def __init__(self, config: TemporalRwkvConfig, layer_index: int) -> None:
-        super().__init__()
-        self.layer_index = layer_index
-        size, eps, P = config.hidden_size, config.layer_norm_epsilon, config.n_perspectives
-        common = {
-            "n_perspectives": P,
-            "perspective_noise": config.perspective_noise,
-            "layer_index": layer_index,
-            "n_layers": config.num_hidden_layers,
-        }
-        if layer_index == 0:
-            self.ln0 = nn.LayerNorm(size, eps=eps)
-        self.ln1 = nn.LayerNorm(size, eps=eps)
-        self.ln2 = nn.LayerNorm(size, eps=eps)
-        self.att = TimeMixing(
-            size,
-            config.attention_hidden_size,
-            perspective_vectors=[name for name in config.perspective_vectors if name in TIME_VECTORS],
-            selector=_selector(config) if config.placement == "layer" and P > 1 else None,
-            backend=config.wkv_backend,
-            **common,
-        )
-        self.ffn = ChannelMixing(
-            size,
-            config.intermediate_size,
-            perspective_vectors=[name for name in config.perspective_vectors if name in CHANNEL_VECTORS],
-            **common,
-        )
-
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, past_key_values: TemporalRwkvCache | None = None
-    ) -> Tensor:
-        if self.layer_index == 0:
-            x = self.ln0(x)
-        cached = past_key_values is not None
-        state = LayerState() if past_key_values is None else past_key_values.layers[self.layer_index]
-        attention, attention_shift, wkv = self.att(
-            self.ln1(x),
-            mask=mask,
-            shift_state=state.attention_shift,
-            wkv_state=state.wkv,
-            output_state=cached,
-        )
-        x = x + attention
-        feed_forward, feed_forward_shift = self.ffn(
-            self.ln2(x), mask=mask, shift_state=state.feed_forward_shift, output_state=cached
-        )
-        if past_key_values is not None:
-            past_key_values.layers[self.layer_index] = LayerState(attention_shift, wkv, feed_forward_shift)
-        return x + feed_forward
 
 
 class TemporalRwkvPreTrainedModel(PreTrainedModel):
@@ -93,7 +35,6 @@ class TemporalRwkvPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TemporalRwkvBlock"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["time_decay", "time_first"]  # noqa: RUF012
-    _is_stateful = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -117,7 +58,7 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.has_streams = config.placement == "stream" and config.n_perspectives > 1
         if self.has_streams:
-            self.selector = _selector(config)
+            self.selector = new_selector(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -144,12 +85,14 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             input_ids: [B, T] int64, or instead of it `inputs_embeds` [B, T, C].
             attention_mask: [B, T], or longer with a cache (the last T columns count): 0 where there is no
                 token. Such places are skipped wherever they are: a row gives the same outputs and state as
-                its tokens alone. Outputs at such places mean nothing.
+                its tokens alone. Outputs at such places are those of the last token before, so that `generate`
+                takes rows padded on the right too; before the first token they mean nothing.
             past_key_values: state to continue from; updated in place. After a row's first token a cache
                 allows no more padding in it.
             use_cache: return the state (default: `config.use_cache`, but not in training).
 
         Raises:
+            TypeError: `past_key_values` of another model's kind.
             ValueError: neither or both inputs, a mask that does not fit, padding after a cached token.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -158,32 +101,54 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache, cache = self._choose_cache(use_cache, past_key_values)
-        B, T = x.shape[:2]
-        mask, order = token_mask(attention_mask, B, T, past_key_values), None
-        if mask is not None:
-            order = padding_first(mask)
-            x, mask = reorder(x, order), mask.gather(1, order)
         if cache is not None:
-            cache.advance(T, rows_started(mask, B, T, x.device))
+            self.replay(cache)
+        B, T = x.shape[:2]
+        mask, places = token_mask(attention_mask, B, T, past_key_values), None
+        if mask is not None:
+            order, places = padding_first(mask), last_token_place(mask)
+            x, mask = reorder(x, order), mask.gather(1, order)
+        if cache is not None and cache.recording is not None:
+            cache.recording.append(x, mask)
+        *hidden_states, x = self._run_blocks(x, mask, cache, output_hidden_states)
+        x = self.ln_out(x)
+        if self.has_streams:
+            x = merge_perspectives(x, self.selector(x.mean(dim=2)))
+        hidden_states.append(x)
+        if places is not None:
+            hidden_states = [reorder(h, places) for h in hidden_states]
+        return TemporalRwkvOutput(
+            last_hidden_state=hidden_states[-1],
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
 
+    def _run_blocks(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cache: TemporalRwkvCache | None,
+        output_hidden_states: bool | None,
+    ) -> list[Tensor]:
+        """The output of the last block, after the inputs of all where asked for."""
+        if cache is not None:
+            B, T = x.shape[:2]
+            cache.advance(T, torch.full((B,), T, device=x.device) if mask is None else mask.sum(dim=1))
         if self.has_streams:
             x = x.unsqueeze(2).expand(-1, -1, self.config.n_perspectives, -1)
         hidden_states = []
         for block in self.blocks:
             hidden_states += [x] if output_hidden_states else []
             x = block(x, mask, past_key_values=cache)
-        x = self.ln_out(x)
-        if self.has_streams:
-            x = merge_perspectives(x, self.selector(x.mean(dim=2)))
-        hidden_states.append(x)
-        if order is not None:
-            inverse = torch.argsort(order, dim=1)
-            hidden_states = [reorder(h, inverse) for h in hidden_states]
-        return TemporalRwkvOutput(
-            last_hidden_state=hidden_states[-1],
-            past_key_values=cache if use_cache else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-        )
+        return [*hidden_states, x]
+
+    def replay(self, cache: TemporalRwkvCache) -> None:
+        """Run again what `cache.crop` has left of the calls it went back on, if there is something."""
+        past = cache.recording
+        if past is not None and past.x is not None and past.replay:
+            cache.recording = None
+            self._run_blocks(past.x, past.mask, cache, output_hidden_states=False)
+            cache.activate_past_recording()
 
     def _choose_cache(
         self, use_cache: bool | None, cache: TemporalRwkvCache | None
@@ -196,13 +161,21 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
                 raise ValueError("past_key_values: expected None in training with gradient checkpointing")
             return False, None
         layers = len(self.blocks)
+        if cache is not None and not isinstance(cache, TemporalRwkvCache):
+            raise TypeError(
+                f"past_key_values: expected a TemporalRwkvCache({layers}) or None; got {type(cache).__name__}"
+            )
         if cache is not None and len(cache) != layers:
             raise ValueError(f"past_key_values: expected a state of {layers} layers; got {len(cache)}")
         return use_cache, TemporalRwkvCache(layers) if cache is None and use_cache else cache
 
 
-class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
-    """The model with its head. `from_rwkv4` gives an RWKV-4 checkpoint perspectives; `to_rwkv4` writes one."""
+class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGenerationMixin):
+    """The model with its head. `from_rwkv4` gives an RWKV-4 checkpoint perspectives; `to_rwkv4` writes one.
+
+    Loaded in half precision (`from_pretrained(dtype=...)`, `from_rwkv4(dtype=...)`) it keeps decay and bonus in
+    float32, and the WKV state always is; `.to(torch.bfloat16)` rounds whatever parameters there are.
+    """
 
     _tied_weights_keys = {"head.weight": "rwkv.emb.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True
@@ -354,14 +327,6 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore
-        """Hugging Face's own, less the mask once a state is there: the new token is always one."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore
-        inputs.pop("cache_position", None)  # transformers 5.0 counts for everyone
-        if inputs.get("past_key_values") is not None and not kwargs.get("is_first_iteration"):
-            inputs["attention_mask"] = None
-        return inputs
-
     def perspective_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of what perspectives consist of: the vectors named by
         `config.perspective_vectors`, one
@@ -390,16 +355,6 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, GenerationMixin):
         trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         base = total - round(added)
         return ParameterCount(total, base, round(added), 100 * added / base, trainable)
-
-
-def _selector(config: TemporalRwkvConfig) -> PerspectiveSelector:
-    return PerspectiveSelector(
-        config.hidden_size,
-        config.n_perspectives,
-        aggregation=config.aggregation,
-        fixed_weights=config.fixed_weights,
-        noise=config.selector_noise,
-    )
 
 
 def _vector_name(parameter_name: str) -> str:

@@ -11,6 +11,8 @@ def token_mask(
 ) -> Tensor | None:
     """The mask of these tokens as bool [B, T], or None when it leaves nothing out.
 
+    Under torch.compile, which cannot look at numbers, any mask is taken to leave something out, rightly placed.
+
     Args:
         attention_mask: [B, T], or longer with a cache: its last T columns count. 0 where there is no token.
         batch_size, n_tokens: B and T.
@@ -27,6 +29,8 @@ def token_mask(
             f"attention_mask: expected shape [B, T] = {[batch_size, n_tokens]}; got {list(shape)}"
         )
     mask = attention_mask[:, shape[1] - n_tokens :].bool()
+    if torch.compiler.is_compiling():
+        return mask
     if bool(mask.all()):
         return None
     started = None if cache is None else cache.started
@@ -40,6 +44,15 @@ def token_mask(
 def padding_first(mask: Tensor) -> Tensor:
     """Order [B, T] of places that puts padding first and then the tokens as they come."""
     return torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
+
+
+def last_token_place(mask: Tensor) -> Tensor:
+    """Where, in the order of `padding_first`, each place's last token is [B, T]: the one there, or else before it.
+
+    So the last place of a row padded on the right has the output `generate` looks for there. Places before the
+    first token get one of padding.
+    """
+    return mask.cumsum(dim=1) - 1 + (~mask).sum(dim=1, keepdim=True)
 
 
 def reorder(x: Tensor, order: Tensor) -> Tensor:

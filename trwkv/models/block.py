@@ -1,0 +1,78 @@
+"""One block of the model: time mixing and channel mixing, each after its LayerNorm."""
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trwkv.models.cache import TemporalRwkvCache, TemporalRwkvCacheLayer
+from trwkv.models.configuration import TemporalRwkvConfig
+from trwkv.modules import ChannelMixing, PerspectiveSelector, TimeMixing
+from trwkv.modules.channel_mixing import CHANNEL_VECTORS
+from trwkv.modules.time_mixing import TIME_VECTORS
+
+
+class TemporalRwkvBlock(GradientCheckpointingLayer):
+    """`x += TimeMixing(LayerNorm(x)); x += ChannelMixing(LayerNorm(x))`; block 0 also owns the LayerNorm
+    before."""
+
+    def __init__(self, config: TemporalRwkvConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        size, eps, P = config.hidden_size, config.layer_norm_epsilon, config.n_perspectives
+        common = {
+            "n_perspectives": P,
+            "perspective_noise": config.perspective_noise,
+            "layer_index": layer_index,
+            "n_layers": config.num_hidden_layers,
+        }
+        if layer_index == 0:
+            self.ln0 = nn.LayerNorm(size, eps=eps)
+        self.ln1 = nn.LayerNorm(size, eps=eps)
+        self.ln2 = nn.LayerNorm(size, eps=eps)
+        self.att = TimeMixing(
+            size,
+            config.attention_hidden_size,
+            perspective_vectors=[name for name in config.perspective_vectors if name in TIME_VECTORS],
+            selector=new_selector(config) if config.placement == "layer" and P > 1 else None,
+            backend=config.wkv_backend,
+            **common,
+        )
+        self.ffn = ChannelMixing(
+            size,
+            config.intermediate_size,
+            perspective_vectors=[name for name in config.perspective_vectors if name in CHANNEL_VECTORS],
+            **common,
+        )
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, past_key_values: TemporalRwkvCache | None = None
+    ) -> Tensor:
+        if self.layer_index == 0:
+            x = self.ln0(x)
+        cached = past_key_values is not None
+        state = (
+            TemporalRwkvCacheLayer() if past_key_values is None else past_key_values.layers[self.layer_index]
+        )
+        attention, attention_shift, wkv = self.att(
+            self.ln1(x),
+            mask=mask,
+            shift_state=state.attention_shift,
+            wkv_state=state.wkv,
+            output_state=cached,
+        )
+        x = x + attention
+        feed_forward, feed_forward_shift = self.ffn(
+            self.ln2(x), mask=mask, shift_state=state.feed_forward_shift, output_state=cached
+        )
+        if cached:
+            state.update(attention_shift=attention_shift, wkv=wkv, feed_forward_shift=feed_forward_shift)
+        return x + feed_forward
+
+
+def new_selector(config: TemporalRwkvConfig) -> PerspectiveSelector:
+    return PerspectiveSelector(
+        config.hidden_size,
+        config.n_perspectives,
+        aggregation=config.aggregation,
+        fixed_weights=config.fixed_weights,
+        noise=config.selector_noise,
+    )
