@@ -271,3 +271,18 @@ def test_the_shipped_studies_are_well_formed(path):
         assert (cell.start, cell.text, cell.train_head) == (control.start, control.text, control.train_head)
         if cell.start == "upcycled":
             assert (cell.steps, cell.learning_rate) == (control.steps, control.learning_rate)
+
+
+def test_the_document_shows_the_committed_results():
+    """Every table of docs/reproduction.md, and the README's, is what the named command prints."""
+    found = 0
+    for document in ("docs/reproduction.md", "README.md"):
+        for command, shown in re.findall(
+            r"<!-- python benchmarks/reproduce\.py (.+?) -->\n(.*?)<!-- end -->",
+            (ROOT / document).read_text(),
+            re.DOTALL,
+        ):
+            results, name = re.fullmatch(r"--results (\S+) --table (\S+)", command).groups()
+            assert shown.strip() == report.table(read_json(ROOT / results), name)
+            found += 1
+    assert found >= 2
