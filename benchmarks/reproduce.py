@@ -19,6 +19,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,16 +89,16 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     with FileLock(folder / "texts.lock"):
         texts = studies.Texts(study, options.data, folder)
     runner = studies.Runner(study, texts, folder, options.device, options.bf16)
-    _stop_after(options.minutes)
     try:
-        for wait in (False, True):  # first what nobody else is at, then what others have not finished
-            for cell, seed in study.jobs():
-                if cell.name in chosen:
-                    _ensure(runner, cell, seed, wait)
-                    _collect(runner, options)
-        with FileLock(folder / "cost.lock"):
-            _measure_cost(runner, [study.cells[name] for name in chosen])
-        _collect(runner, options)
+        with _stopping_after(options.minutes):
+            for wait in (False, True):  # first what nobody else is at, then what others have not finished
+                for cell, seed in study.jobs():
+                    if cell.name in chosen:
+                        _ensure(runner, cell, seed, wait)
+                        _collect(runner, options)
+            with FileLock(folder / "cost.lock"):
+                _measure_cost(runner, [study.cells[name] for name in chosen])
+            _collect(runner, options)
     except (KeyboardInterrupt, TrainingInterrupted):
         print(f"\nStopped. What is done is kept in {folder}; the same command continues.")
         return 130
@@ -104,16 +106,27 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _stop_after(minutes: float | None) -> None:
-    """From now on SIGTERM, and the end of the time, stop the program as Ctrl-C does; training writes a checkpoint."""
+@contextmanager
+def _stopping_after(minutes: float | None) -> Iterator[None]:
+    """Here SIGTERM, and the end of the time, stop the program as Ctrl-C does; training writes a checkpoint."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    def time_is_up(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
     if minutes:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, time_is_up)
         signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    finally:
+        if minutes:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ensure(runner: Any, cell: Any, seed: int, wait: bool) -> None:

@@ -76,7 +76,7 @@ def test_a_study(study, capsys, monkeypatch):
     assert [(x["cell"], x["seed"]) for x in whole["runs"]] == [("p3", 0), ("p3", 1), ("base", 0), ("base", 1)]
 
     (study / "out").rename(study / "first")
-    step = studies.FollowDiversity.on_step_end
+    step, before = studies.FollowDiversity.on_step_end, signal.getsignal(signal.SIGTERM)
 
     def interrupt(self, args, state, control, **kwargs):
         step(self, args, state, control, **kwargs)
@@ -87,6 +87,7 @@ def test_a_study(study, capsys, monkeypatch):
         patch.setattr(studies.FollowDiversity, "on_step_end", interrupt)
         assert run(study, "--cells", "p3") == 130
     assert "the same command continues" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
     assert list((study / "out/p3/seed0/checkpoints").iterdir())
     assert run(study, "--cells", "p3") == 0
     again = read_json(study / "out" / "results.json")
@@ -286,3 +287,9 @@ def test_the_document_shows_the_committed_results():
             assert shown.strip() == report.table(read_json(ROOT / results), name)
             found += 1
     assert found >= 2
+
+
+def test_it_stops_when_its_time_is_up(study, capsys):
+    assert run(study, "--minutes", "0.001") == 130
+    assert "the same command continues" in capsys.readouterr().out
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
