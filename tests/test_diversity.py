@@ -34,8 +34,8 @@ def known_model(**options):
 
 
 @torch.no_grad()
-def collapse(model, layer):
-    """Make the perspectives of a layer the same."""
+def collapse(model, layer, rows=2):
+    """Make the first two perspectives of a layer the same."""
     for name, x in model.named_parameters():
         if (
             name.startswith(f"rwkv.blocks.{layer}.")
@@ -59,6 +59,17 @@ def test_a_collapsed_perspective_is_seen_in_the_vectors():
     first, second = vector_distances(model)
     assert first > 0.1
     assert second == 0
+
+
+def test_two_of_three_are_enough():
+    """It is the closest two that count."""
+    torch.manual_seed(0)
+    config = TemporalRwkvConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, n_perspectives=3, perspective_noise=0.3
+    )
+    model = TemporalRwkvForCausalLM(config)
+    collapse(model, 0, rows=3)
+    assert vector_distances(model) == [0]
 
 
 @pytest.mark.parametrize("options", [{}, {"placement": "stream"}, {"perspective_vectors": ["time_mix_r"]}])
