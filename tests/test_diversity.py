@@ -40,7 +40,7 @@ def collapse(model, layer, rows=2):
         if (
             name.startswith(f"rwkv.blocks.{layer}.")
             and x.ndim == 2
-            and len(x) == 2
+            and len(x) == rows
             and "selector" not in name
         ):
             x[1] = x[0]
