@@ -68,7 +68,7 @@ def table(results: Results, name: str) -> str:
     cells = [cell for cell in results["tables"][name] if seeds_of(results, cell)]
     if not cells:
         return "(not run yet)"
-    row = {"positions": _position_row, "diversity": _diversity_row}.get(name, _row)
+    row = {"positions": _position_row, "diversity": _diversity_row, "brief": _brief_row}.get(name, _row)
     rows = [row(results, cell) for cell in cells]
     return format_table(list(rows[0]), [[row.get(column) for column in rows[0]] for row in rows])
 
@@ -92,6 +92,19 @@ def _row(results: Results, cell: str) -> dict[str, Any]:
         "LAMBADA accuracy %": _fixed(100 * values(results, cell, "lambada", "right").mean(), 2),
         "tokens/s": cost and cost["tokens_per_second"],
         "peak MiB": cost and cost["peak_memory_mib"],
+    }
+
+
+def _brief_row(results: Results, cell: str) -> dict[str, Any]:
+    """What a cell has over its control, in few columns."""
+    row = _row(results, cell)
+    return {
+        "cell": cell,
+        "control": row["control"],
+        "added %": row["added %"],
+        "held-out bits/byte": row["less control"],
+        "WikiText-2 bits/byte": row["less control "],
+        "LAMBADA log perplexity": row["less control  "],
     }
 
 

@@ -45,6 +45,7 @@ class Cell:
     perspective_noise: float = 0.1
     selector_noise: float = 0.0
     train_head: bool = False
+    train_vectors: bool = False
 
     def perspectives(self) -> dict[str, Any]:
         """The options of `TemporalRwkvConfig` and `from_rwkv4`."""
@@ -242,7 +243,7 @@ class Runner:
             )
         base = self.place(cell.base, seed) / "base.pth"
         model = TemporalRwkvForCausalLM.from_rwkv4(base, dtype="float32", **cell.perspectives())
-        return model.freeze_base(train_head=cell.train_head)
+        return model.freeze_base(train_head=cell.train_head, train_vectors=cell.train_vectors)
 
     def cost(self, cell: Cell) -> dict[str, Any]:
         """Speed and memory of training a cell, forward and backward, the fastest of a few steps."""

@@ -42,6 +42,7 @@ upcycled:
   stream: {control: p1, placement: stream, n_perspectives: 2, train_head: true}
 tables:
   summary: [base, p1, p3, stream]
+  brief: [p3, stream]
   positions: [p1, p3]
   diversity: [p3, stream]
 """
@@ -122,7 +123,11 @@ def shown(study, results, capsys):
     for name in ("effects", "diversity", "positions"):
         assert path.with_name(f"results_{name}.png").stat().st_size > 5000
     assert "0" in report.table(results, "positions")
-    assert len(report.table(results, "diversity").splitlines()) == 4
+    assert (
+        len(report.table(results, "diversity").splitlines())
+        == len(report.table(results, "brief").splitlines())
+        == 4
+    )
 
 
 def test_two_processes_share_the_work(study, monkeypatch):

@@ -306,6 +306,15 @@ def test_freeze_base_may_leave_the_head_and_works_with_one_perspective():
     assert not random_model("rwkv4").freeze_base().head.weight.requires_grad
 
 
+@pytest.mark.parametrize("kind", ["rwkv4", "layer", "stream"])
+def test_freeze_base_may_leave_all_vectors(kind):
+    model = random_model(kind).freeze_base(train_vectors=True)
+    trainable = {name for name, x in model.named_parameters() if x.requires_grad}
+    vectors = {name for name, _ in model.named_parameters() if ".time_" in name}
+    assert len(vectors) == 2 * 7
+    assert trainable == vectors | {name for name, _ in model.perspective_parameters()}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_from_scratch_learns(kind):
     torch.manual_seed(0)

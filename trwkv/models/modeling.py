@@ -25,6 +25,8 @@ from trwkv.modules import (
     TimeMixing,
     merge_perspectives,
 )
+from trwkv.modules.channel_mixing import CHANNEL_VECTORS
+from trwkv.modules.time_mixing import TIME_VECTORS
 
 
 class TemporalRwkvPreTrainedModel(PreTrainedModel):
@@ -335,12 +337,23 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
             if _vector_name(name) in self.config.perspective_vectors or "selector." in name:
                 yield name, parameter
 
-    def freeze_base(self, *, train_head: bool = False) -> "TemporalRwkvForCausalLM":
-        """Let only `perspective_parameters()` train, and the head if asked: the paper's recipe. Returns
-        self."""
+    def freeze_base(
+        self, *, train_head: bool = False, train_vectors: bool = False
+    ) -> "TemporalRwkvForCausalLM":
+        """Let only `perspective_parameters()` train: the paper's recipe. Returns self.
+
+        Args:
+            train_head: the head, too.
+            train_vectors: all seven vectors of every block, too, also those that the perspectives share (the
+                token-shift mixes, by default). They are few, and cost nothing in inference.
+        """
         self.requires_grad_(False)
         for _, parameter in self.perspective_parameters():
             parameter.requires_grad_(True)
+        if train_vectors:
+            for name, parameter in self.named_parameters():
+                if _vector_name(name) in TIME_VECTORS + CHANNEL_VECTORS:
+                    parameter.requires_grad_(True)
         self.head.requires_grad_(train_head)
         return self
 
