@@ -161,7 +161,9 @@ def _draw_effects(results: Results, pyplot: Any) -> Any:
     rows = [
         (cell, found)
         for cell in results["cells"]
-        if seeds_of(results, cell) and (found := difference(results, cell, "bits_per_byte", "held_out"))
+        if results["cells"][cell]["start"] == "upcycled"
+        and seeds_of(results, cell)
+        and (found := difference(results, cell, "bits_per_byte", "held_out"))
     ]
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.27 * len(rows)), layout="constrained")
     for i, (_, (mean, low, high)) in enumerate(rows):
@@ -171,9 +173,9 @@ def _draw_effects(results: Results, pyplot: Any) -> Any:
     axes.set_yticks(
         [-i for i in range(len(rows))], [f"{cell} - {results['cells'][cell]['control']}" for cell, _ in rows]
     )
-    axes.set_xscale("symlog", linthresh=0.01)
     axes.set(
-        xlabel="held-out bits per byte less the control's (left: better)", title="Mean, 95 % paired bootstrap"
+        xlabel="held-out bits per byte less the control's (left: better)",
+        title="Upcycled cells: mean, 95 % paired bootstrap",
     )
     axes.grid(alpha=0.3, axis="x")
     return figure
