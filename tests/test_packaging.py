@@ -108,7 +108,7 @@ def test_readme_and_contributing_name_commands_that_exist():
 
 
 def test_readme_options_exist():
-    scripts = ("examples/finetune_lambada.py", "benchmarks/throughput.py")
+    scripts = ("examples/finetune_lambada.py", "benchmarks/throughput.py", "benchmarks/reproduce.py")
     known = "".join(run_program(script, "--help") for script in scripts)
     for command in ("convert", "eval", "generate"):
         known += run_program("-m", "trwkv.cli", command, "--help")
