@@ -27,9 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trwkv.runs import number, read_json, write_json
-
-HERE = Path(__file__).parent
+from trwkv.runs import number, read_json, write_json, write_whole
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,15 +84,13 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         raise ValueError(f"--cells: unknown: {', '.join(sorted(unknown))}; known: {', '.join(study.cells)}")
     folder = options.output or Path("runs", f"reproduce-{options.config.stem}")
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "texts.lock"):
-        texts = studies.Texts(study, options.data, folder)
+    texts = studies.Texts(study, options.data, folder)
     runner = studies.Runner(study, texts, folder, options.device, options.bf16)
     try:
         with _stopping_after(options.minutes):
             for wait in (False, True):  # first what nobody else is at, then what others have not finished
                 for cell, seed in study.jobs():
-                    if cell.name in chosen:
-                        _ensure(runner, cell, seed, wait)
+                    if cell.name in chosen and _ensure(runner, cell, seed, wait):
                         _collect(runner, options)
             with FileLock(folder / "cost.lock"):
                 _measure_cost(runner, [study.cells[name] for name in chosen])
@@ -129,21 +125,23 @@ def _stopping_after(minutes: float | None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _ensure(runner: Any, cell: Any, seed: int, wait: bool) -> None:
-    """Run a cell unless it is done, or, without `wait`, another process is at it."""
+def _ensure(runner: Any, cell: Any, seed: int, wait: bool) -> bool:
+    """Run a cell unless it is done, or, without `wait`, another process is at it. Whether it was run here."""
     place = runner.place(cell.name, seed)
     if (place / "result.json").exists():
-        return
+        return False
     if cell.start == "upcycled":
         _ensure(runner, runner.study.cells[cell.base], seed, True)
     place.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(place / "lock", timeout=-1 if wait else 0):
-            if not (place / "result.json").exists():
-                print(f"\n{cell.name}, seed {seed}", flush=True)
-                runner.run(cell, seed)
+            if (place / "result.json").exists():
+                return False
+            print(f"\n{cell.name}, seed {seed}", flush=True)
+            runner.run(cell, seed)
+            return True
     except Timeout:
-        return
+        return False
 
 
 def _measure_cost(runner: Any, cells: list[Any]) -> None:
@@ -180,9 +178,7 @@ def _collect(runner: Any, options: argparse.Namespace) -> None:
     lines = ",\n".join(json.dumps(run) for run in runs)  # a line each: they are long
     text = json.dumps(content, indent=1)[:-2] + f',\n "runs": [\n{lines}\n]}}\n'
     with FileLock(runner.folder / "results.lock"):
-        part = runner.folder / "results.json.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(runner.folder / "results.json")
+        write_whole(runner.folder / "results.json", text)
 
 
 if __name__ == "__main__":

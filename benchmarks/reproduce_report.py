@@ -6,6 +6,8 @@ import contextlib
 import io
 import re
 import shlex
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,19 @@ MARKED = re.compile(r"(<!-- python benchmarks/reproduce\.py (.+?) -->\n).*?(<!--
 Results = dict[str, Any]
 
 
+def by_seed(results: Results, cell: str, *path: str) -> dict[int, np.ndarray]:
+    """A measure of a cell, [examples] for each seed that was run."""
+    runs = {run["seed"]: run for run in results["runs"] if run["cell"] == cell}
+    return {seed: np.array(reduce(getitem, path, runs[seed]), dtype=float) for seed in sorted(runs)}
+
+
 def values(results: Results, cell: str, *path: str) -> np.ndarray:
-    """[seeds, examples] of a measure of a cell; ValueError if a seed is missing."""
-    rows = {}
-    for run in results["runs"]:
-        if run["cell"] == cell:
-            x = run
-            for name in path:
-                x = x[name]
-            rows[run["seed"]] = x
-    return np.array([rows[seed] for seed in sorted(rows)], dtype=float)
+    """[seeds, examples] of a measure of a cell."""
+    return np.stack(list(by_seed(results, cell, *path).values()))
 
 
-def seeds_of(results: Results, cell: str) -> list[int]:
-    return sorted(run["seed"] for run in results["runs"] if run["cell"] == cell)
+def was_run(results: Results, cell: str) -> bool:
+    return any(run["cell"] == cell for run in results["runs"])
 
 
 def interval(differences: np.ndarray, draws: int = DRAWS) -> tuple[float, float, float]:
@@ -51,21 +52,16 @@ def interval(differences: np.ndarray, draws: int = DRAWS) -> tuple[float, float,
 def difference(results: Results, cell: str, *path: str) -> tuple[float, float, float] | None:
     """Of a cell to its control, over the seeds that both have; None without a control or such a seed."""
     control = results["cells"][cell]["control"]
-    both = sorted(set(seeds_of(results, cell)) & set(seeds_of(results, control))) if control else []
-    if not both:
-        return None
-    a, b = (
-        values(results, name, *path)[[seeds_of(results, name).index(s) for s in both]]
-        for name in (cell, control)
-    )
-    return interval(a - b)
+    own, theirs = by_seed(results, cell, *path), by_seed(results, control, *path) if control else {}
+    differences = [own[seed] - theirs[seed] for seed in own if seed in theirs]
+    return interval(np.stack(differences)) if differences else None
 
 
 def table(results: Results, name: str) -> str:
     """One table as Markdown."""
     if name not in results["tables"]:
         raise ValueError(f"--table: expected one of {', '.join(results['tables'])}; got {name!r}")
-    cells = [cell for cell in results["tables"][name] if seeds_of(results, cell)]
+    cells = [cell for cell in results["tables"][name] if was_run(results, cell)]
     if not cells:
         return "(not run yet)"
     row = {"positions": _position_row, "diversity": _diversity_row, "brief": _brief_row}.get(name, _row)
@@ -162,7 +158,7 @@ def _draw_effects(results: Results, pyplot: Any) -> Any:
         (cell, found)
         for cell in results["cells"]
         if results["cells"][cell]["start"] == "upcycled"
-        and seeds_of(results, cell)
+        and was_run(results, cell)
         and (found := difference(results, cell, "bits_per_byte", "held_out"))
     ]
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.27 * len(rows)), layout="constrained")
@@ -188,7 +184,7 @@ def _draw_diversity(results: Results, pyplot: Any) -> Any:
         "outputs": "Distance of the outputs",
         "entropy": "Entropy of the selector / log P",
     }
-    cells = [cell for cell in results["tables"]["diversity"] if seeds_of(results, cell)]
+    cells = [cell for cell in results["tables"]["diversity"] if was_run(results, cell)]
     for axes, (measure, title) in zip(panels, titles.items(), strict=True):
         for i, cell in enumerate(cells):
             runs = [run["diversity"] for run in results["runs"] if run["cell"] == cell]
@@ -206,7 +202,7 @@ def _draw_diversity(results: Results, pyplot: Any) -> Any:
 def _draw_positions(results: Results, pyplot: Any) -> Any:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     names = list(results["runs"][0]["by_position"])
-    cells = [cell for cell in results["tables"]["positions"] if seeds_of(results, cell)]
+    cells = [cell for cell in results["tables"]["positions"] if was_run(results, cell)]
     shown = 0
     for cell in cells:
         found = [difference(results, cell, "by_position", name) for name in names]

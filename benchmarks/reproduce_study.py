@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from filelock import FileLock
 from transformers import TrainerCallback, set_seed
 
 import reproduce_measures as measures
@@ -131,13 +133,14 @@ class Texts:
     @cache  # noqa: B019 (lives as long as the program)
     def _tokens(self, text: str, part: str) -> np.ndarray:
         path = self.folder / f"{text}-{part}.npy"
-        if not path.exists():
-            blocks = token_blocks(
-                self._source(text, part), self.tokenizer, context_length=256, max_tokens=1 << 40
-            )
-            unfinished = path.with_suffix(".part.npy")
-            np.save(unfinished, blocks.blocks.reshape(-1).astype(np.uint16))
-            unfinished.replace(path)
+        with FileLock(self.folder / "texts.lock"):
+            if not path.exists():
+                blocks = token_blocks(
+                    self._source(text, part), self.tokenizer, context_length=256, max_tokens=1 << 40
+                )
+                unfinished = path.with_suffix(".part.npy")
+                np.save(unfinished, blocks.blocks.reshape(-1).astype(np.uint16))
+                unfinished.replace(path)
         return np.load(path, mmap_mode="r")
 
     def _source(self, text: str, part: str) -> str:
@@ -149,8 +152,6 @@ class Texts:
 
 def standard_library(folder: Path, part: str) -> str:
     """Python's own modules as jsonl in `folder`, one file a document: every 20th is held out."""
-    import json
-
     path = folder / f"standard-library-{part}.jsonl"
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
     files = [x for x in files if not {"site-packages", "test", "tests", "idlelib"} & set(x.parts)]
@@ -213,8 +214,10 @@ class Runner:
     def _train(self, cell: Cell, seed: int, place: Path) -> None:
         model = self._start(cell, seed)
         count = model.count_parameters()
-        held_out = self.texts.blocks(cell.text, "held_out", cell.context_length)
-        follow = FollowDiversity(place / "diversity.json", held_out)
+        callbacks = []
+        if cell.n_perspectives > 1:
+            held_out = self.texts.blocks(cell.text, "held_out", cell.context_length)
+            callbacks.append(FollowDiversity(place / "diversity.json", held_out))
         result = train(
             model,
             self.texts.blocks(cell.text, "train", cell.context_length),
@@ -225,7 +228,7 @@ class Runner:
             seed=seed + (cell.start == "upcycled") * 1000,
             device=self.device,
             bf16=self.bf16,
-            callbacks=[follow] if cell.n_perspectives > 1 else [],
+            callbacks=callbacks,
         )
         model.save_pretrained(place / "model")
         if cell.name == cell.base:

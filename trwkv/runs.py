@@ -8,7 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_same_options", "choose_output", "number", "read_json", "several", "write_json"]
+__all__ = [
+    "check_same_options",
+    "choose_output",
+    "number",
+    "read_json",
+    "several",
+    "write_json",
+    "write_whole",
+]
 
 OPTIONS_FILE = "run.json"
 _RUNS = Path("runs")
@@ -84,6 +92,11 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` so that a reader sees the old file or the whole new one."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the whole new one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
