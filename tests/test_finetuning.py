@@ -185,20 +185,25 @@ def test_lora_and_perspectives_come_back_bit_for_bit(tmp_path, placement):
     torch.testing.assert_close(merged(ids).logits, expected)
 
 
+def trainer_of_the_best(model, folder, **options):
+    """A Trainer with a checkpoint and an evaluation every second step, which ends with the best of them."""
+    options |= {"save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "load_best_model_at_end": True}
+    return Trainer(
+        model,
+        arguments(folder, **options),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        callbacks=[PerspectiveCheckpoints()],
+    )
+
+
 def test_a_lora_trainer_resumes_with_its_perspectives(tmp_path):
     pytest.importorskip("peft", reason="needs peft")
     random_model().save_pretrained(tmp_path / "base")
     results = []
     for checkpoint in (None, tmp_path / "run" / "checkpoint-2"):
         model = lora_model(tmp_path / "base", lora_dropout=0.1)
-        options = {"save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "load_best_model_at_end": True}
-        trainer = Trainer(
-            model,
-            arguments(tmp_path / "run", **options),
-            train_dataset=Rows(),
-            eval_dataset=Rows(),
-            callbacks=[PerspectiveCheckpoints()],
-        )
+        trainer = trainer_of_the_best(model, tmp_path / "run")
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         results.append({name: x for name, x in model.named_parameters() if x.requires_grad})
     for name, x in results[0].items():
@@ -212,19 +217,9 @@ def test_the_best_checkpoint_has_its_own_perspectives(tmp_path):
     pytest.importorskip("peft", reason="needs peft")
     random_model().save_pretrained(tmp_path / "base")
     model = lora_model(tmp_path / "base")
-    options = {"save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "load_best_model_at_end": True}
-    options |= {
-        "greater_is_better": True,
-        "metric_for_best_model": "eval_loss",
-        "optim": "sgd",
-    }  # the first then
-    trainer = Trainer(
-        model,
-        arguments(tmp_path / "run", **options),
-        train_dataset=Rows(),
-        eval_dataset=Rows(),
-        callbacks=[PerspectiveCheckpoints()],
-    )
+    # greater is better, so the best is the first
+    options = {"greater_is_better": True, "metric_for_best_model": "eval_loss", "optim": "sgd"}
+    trainer = trainer_of_the_best(model, tmp_path / "run", **options)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best = trainer.state.best_metric

@@ -187,8 +187,8 @@ def parameter_groups(
     groups = {name: {"params": [], "weight_decay": 0.0} | group for name, group in groups.items()}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            is_vector = "others" if parameter not in matrices else "matrices"
-            groups["perspectives" if parameter in perspectives else is_vector]["params"].append(parameter)
+            kind = "matrices" if parameter in matrices else "others"
+            groups["perspectives" if parameter in perspectives else kind]["params"].append(parameter)
     if not any(group["params"] for group in groups.values()):
         raise ValueError("model: expected at least one parameter that requires a gradient; got none")
     return [group for group in groups.values() if group["params"]]

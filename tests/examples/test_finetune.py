@@ -1,6 +1,5 @@
 """examples/finetune.py: options from a file and from the command line, a LoRA, a run continued, two processes."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import finetune as script
 import pytest
 import torch
 import yaml
@@ -40,17 +40,6 @@ TINY = {
     "disable_tqdm": True,
     "use_cpu": True,
 }
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["finetune"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def on_command_line(options):

@@ -1,7 +1,6 @@
 """examples/finetune_lambada.py from the command line to its results, with models of a few thousand parameters."""
 
 import gzip
-import importlib.util
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import finetune_lambada as script
 import pytest
 import torch
 
@@ -26,17 +26,6 @@ TINY = shlex.split(
     "--hidden-size 8 --layers 2 --context-length 32 --batch-size 2 --base-steps 20 --steps 20 --eval-limit 8 "
     "--selector-noise 0.1 --device cpu"
 )
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("finetune_lambada", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["finetune_lambada"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def run_until(arguments, folder, wait_for, signal_number):

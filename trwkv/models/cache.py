@@ -75,7 +75,7 @@ class TemporalRwkvCacheLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes the former row `beam_idx[b]` (beam search)."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, numbers or a bool mask."""

@@ -18,6 +18,8 @@ from trwkv.models.outputs import ParameterCount, TemporalRwkvCausalLMOutput, Tem
 from trwkv.models.padding import last_token_place, padding_first, reorder, token_mask
 from trwkv.models.weights import rwkv4_state, with_rwkv4_weights
 from trwkv.modules import (
+    CHANNEL_VECTORS,
+    TIME_VECTORS,
     ChannelMixing,
     PerspectiveSelector,
     RwkvLinear,
@@ -25,8 +27,6 @@ from trwkv.modules import (
     TimeMixing,
     merge_perspectives,
 )
-from trwkv.modules.channel_mixing import CHANNEL_VECTORS
-from trwkv.modules.time_mixing import TIME_VECTORS
 
 
 class TemporalRwkvPreTrainedModel(PreTrainedModel):
