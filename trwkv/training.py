@@ -77,6 +77,7 @@ def train(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    perspective_learning_rate: float | None = None,
     device: str = "cpu",
     bf16: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
@@ -97,6 +98,8 @@ def train(
         batch_size: blocks per step.
         learning_rate: the largest one, reached after the warm-up.
         seed: of the order of the blocks, and of whatever the model draws while it trains.
+        perspective_learning_rate: another one for `model.perspective_parameters()` (a model of this library);
+            None is `learning_rate`.
         device: "cpu" or "cuda".
         bf16: compute in bfloat16 where autocast says so; the weights stay in their own type.
         callbacks: Trainer's, called beside this function's own.
@@ -106,6 +109,12 @@ def train(
     """
     folder = Path(folder)
     watch = _Watch(torch.device(device))
+    optimizer = None
+    if perspective_learning_rate is not None:
+        rates = {"learning_rate": learning_rate, "perspective_learning_rate": perspective_learning_rate}
+        own: Any = model  # one of this library
+        own.to(device)  # Trainer takes an optimizer only if the model is where it trains
+        optimizer = torch.optim.AdamW(parameter_groups(own, **rates))
     trainer = Trainer(
         model=model,
         args=_arguments(
@@ -119,6 +128,7 @@ def train(
         ),
         train_dataset=blocks,
         callbacks=[watch, *callbacks],
+        optimizers=(optimizer, None),
     )
     checkpoint = _last_checkpoint(folder)
     with watch.handling_signals():
