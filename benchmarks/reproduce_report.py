@@ -64,7 +64,8 @@ def table(results: Results, name: str) -> str:
     cells = [cell for cell in results["tables"][name] if was_run(results, cell)]
     if not cells:
         return "(not run yet)"
-    row = {"positions": _position_row, "diversity": _diversity_row, "brief": _brief_row}.get(name, _row)
+    kinds = {"settings": _settings_row, "positions": _position_row, "diversity": _diversity_row}
+    row = (kinds | {"brief": _brief_row}).get(name, _row)
     rows = [row(results, cell) for cell in cells]
     return format_table(list(rows[0]), [[row.get(column) for column in rows[0]] for row in rows])
 
@@ -88,6 +89,20 @@ def _row(results: Results, cell: str) -> dict[str, Any]:
         "LAMBADA accuracy %": _fixed(100 * values(results, cell, "lambada", "right").mean(), 2),
         "tokens/s": cost and cost["tokens_per_second"],
         "peak MiB": cost and cost["peak_memory_mib"],
+    }
+
+
+def _settings_row(results: Results, cell: str) -> dict[str, Any]:
+    """How a cell trained."""
+    settings = results["cells"][cell]
+    return {
+        "cell": cell,
+        "steps": settings["steps"],
+        "sequences": settings["batch_size"],
+        "of tokens": settings["context_length"],
+        "learning rate": settings["learning_rate"],
+        "of vectors and selectors": settings["vector_learning_rate"],
+        "steps x rate": settings["steps"] * (settings["vector_learning_rate"] or settings["learning_rate"]),
     }
 
 

@@ -37,7 +37,7 @@ class Cell:
     batch_size: int
     context_length: int
     learning_rate: float
-    perspective_learning_rate: float | None = None
+    vector_learning_rate: float | None = None
     control: str | None = None
     text: str = "novels"
     n_perspectives: int = 3
@@ -226,7 +226,7 @@ class Runner:
             steps=cell.steps,
             batch_size=cell.batch_size,
             learning_rate=cell.learning_rate,
-            perspective_learning_rate=cell.perspective_learning_rate,
+            vector_learning_rate=cell.vector_learning_rate,
             seed=seed + (cell.start == "upcycled") * 1000,
             device=self.device,
             bf16=self.bf16,

@@ -52,9 +52,14 @@ class ModelArguments:
     perspective_noise: float | None = field(
         default=None, metadata={"help": "sets the perspectives apart at the start, such as 0.1"}
     )
-    train_parameters: Literal["perspectives", "perspectives+head", "all"] = "perspectives"
-    perspective_learning_rate: float | None = field(
-        default=None, metadata={"help": "learning_rate if not given"}
+    train_parameters: Literal["vectors", "vectors+head", "perspectives", "perspectives+head", "all"] = field(
+        default="vectors",
+        metadata={
+            "help": "vectors: all seven of every block, and the selectors; perspectives: not those they share"
+        },
+    )
+    vector_learning_rate: float | None = field(
+        default=None, metadata={"help": "of vectors and selectors; learning_rate if not given"}
     )
     lora_rank: int = field(
         default=0, metadata={"help": "above 0: train a LoRA of this rank too (needs peft)"}
@@ -118,27 +123,31 @@ def make_model(options: ModelArguments, data: DataArguments, vocab_size: int) ->
             f"tokenizer: expected at most the base's {model.config.vocab_size} tokens; got {vocab_size}"
         )
     if options.train_parameters != "all":
-        model.freeze_base(train_head=options.train_parameters == "perspectives+head")
+        what, _, head = options.train_parameters.partition("+")
+        model.freeze_base(train_head=head == "head", train_vectors=what == "vectors")
     return model
 
 
 def with_lora(model: TemporalRwkvForCausalLM, options: ModelArguments) -> Any:
-    """PEFT's model around `model`; the perspectives still train."""
+    """PEFT's model around `model`; the vectors that trained still do."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("lora_rank: needs peft; pip install peft") from error
     if options.train_parameters == "all":
-        raise ValueError("train_parameters: expected perspectives or perspectives+head with a LoRA; got all")
+        raise ValueError(
+            "train_parameters: expected vectors or perspectives, +head or not, with a LoRA; got all"
+        )
     lora = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         target_modules=BOTH_MIXINGS if options.lora_channel_mixing else TIME_MIXING,
-        modules_to_save=["head"] if options.train_parameters == "perspectives+head" else None,
+        modules_to_save=["head"] if options.train_parameters.endswith("+head") else None,
         task_type="CAUSAL_LM",
     )
+    vectors = [parameter for _, parameter in model.vector_parameters() if parameter.requires_grad]
     peft_model = get_peft_model(model, lora)
-    for _, parameter in model.perspective_parameters():
+    for parameter in vectors:
         parameter.requires_grad_(True)
     return peft_model
 
@@ -151,16 +160,16 @@ def read_blocks(data: DataArguments, tokenizer: Any, seed: int) -> tuple[TokenBl
 
 
 class GroupsTrainer(Trainer):
-    """Trainer, with weight decay for matrices alone, and a learning rate for the perspectives if one is given."""
+    """Trainer, with weight decay for matrices alone, and a learning rate for the vectors if one is given."""
 
-    perspective_learning_rate: float | None = None
+    vector_learning_rate: float | None = None
 
     def create_optimizer(self, model: Any = None) -> Any:
         optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         groups = parameter_groups(
             self.model if model is None else model,
             learning_rate=self.args.learning_rate,
-            perspective_learning_rate=self.perspective_learning_rate,
+            vector_learning_rate=self.vector_learning_rate,
             weight_decay=self.args.weight_decay,
         )
         self.optimizer = optimizer(groups, **settings)
@@ -186,7 +195,7 @@ def finetune(options: ModelArguments, data: DataArguments, training: TrainingArg
         processing_class=tokenizer,
         callbacks=[PerspectiveCheckpoints()] if options.lora_rank else None,
     )
-    trainer.perspective_learning_rate = options.perspective_learning_rate
+    trainer.vector_learning_rate = options.vector_learning_rate
     latest = training.resume_from_checkpoint == "latest"
     metrics = trainer.train(resume_from_checkpoint=latest or training.resume_from_checkpoint).metrics
     trainer.save_metrics("train", metrics)

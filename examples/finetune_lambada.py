@@ -77,8 +77,9 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "training (defaults: the paper's; with --base scratch, smaller ones)": {
         "--train-parameters": {
-            "choices": ("perspectives", "perspectives+head", "all"),
-            "default": "perspectives",
+            "choices": ("vectors", "vectors+head", "perspectives", "perspectives+head", "all"),
+            "default": "vectors",
+            "help": "vectors: all seven of every block, and the selectors; perspectives: not those they share",
         },
         "--steps": {"type": COUNT, "help": "of fine-tuning (64000; scratch: 200)"},
         "--batch-size": {"type": COUNT, "help": "sequences per step (2; scratch: 8)"},
@@ -298,7 +299,8 @@ def finetune(run: Run, source: str, n_perspectives: int) -> dict[str, Any]:
         settings = perspective_settings(options, n_perspectives)
         model = TemporalRwkvForCausalLM.from_rwkv4(source, dtype="float32", **settings)
         if options.train_parameters != "all":
-            model.freeze_base(train_head=options.train_parameters == "perspectives+head")
+            what, _, head = options.train_parameters.partition("+")
+            model.freeze_base(train_head=head == "head", train_vectors=what == "vectors")
         count = model.count_parameters()
         print(f"\nP = {n_perspectives}: fine-tuning {count.trainable:,} of {count.total:,} parameters")
         settings = {"steps": options.steps, "learning_rate": options.learning_rate}

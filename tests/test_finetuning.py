@@ -9,8 +9,9 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from trwkv.adapters import PerspectiveCheckpoints, load_perspectives, save_perspectives
+from trwkv.data import TokenBlocks
 from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
-from trwkv.training import parameter_groups
+from trwkv.training import parameter_groups, train
 
 GUIDE = Path(__file__).parents[1] / "docs" / "finetuning.md"
 TIME_MIXING = r".*\.att\.(key|value|receptance|output)"
@@ -83,16 +84,16 @@ def test_the_guide_to_lora_runs(tmp_path, monkeypatch):
 def test_parameter_groups_decay_matrices_alone():
     model = random_model(perspective_vectors=["time_decay", "time_mix_k"])
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, learning_rate=1.0, perspective_learning_rate=3.0, weight_decay=0.5)
-    perspectives, matrices, others = [{names[x] for x in group["params"]} for group in groups]
+    groups = parameter_groups(model, learning_rate=1.0, vector_learning_rate=3.0, weight_decay=0.5)
+    vectors, matrices, others = [{names[x] for x in group["params"]} for group in groups]
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(3.0, 0.0), (1.0, 0.5), (1.0, 0.0)]
-    assert perspectives == {name for name, _ in model.perspective_parameters()}
+    assert vectors == {name for name, _ in model.vector_parameters()}
     assert all(
         re.search(r"(att|ffn)\.(key|value|receptance|output)\.weight|head\.weight", name) for name in matrices
     )
     assert len(matrices) == 2 * 7 + 1
-    assert {"rwkv.emb.weight", "rwkv.blocks.0.att.time_first", "rwkv.blocks.1.ln1.weight"} <= others
-    assert len(perspectives) + len(matrices) + len(others) == len(names)
+    assert {"rwkv.emb.weight", "rwkv.blocks.1.ln1.weight"} <= others
+    assert len(vectors) + len(matrices) + len(others) == len(names)
 
 
 def test_parameter_groups_of_what_trains():
@@ -100,6 +101,19 @@ def test_parameter_groups_of_what_trains():
     assert group["lr"] == 0.1 and group["weight_decay"] == 0
     with pytest.raises(ValueError, match="at least one parameter that requires a gradient"):
         parameter_groups(random_model().requires_grad_(False), learning_rate=0.1)
+
+
+def test_train_with_a_learning_rate_for_the_vectors(tmp_path):
+    blocks = TokenBlocks(torch.randint(19, (6, 8)).numpy())
+    model = random_model().freeze_base(train_head=True)
+    vectors = {name for name, _ in model.vector_parameters()}
+    for rates, expected in (((0.1, 0.0), {"head.weight"}), ((0.0, 0.1), vectors)):
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        settings = {"learning_rate": rates[0], "vector_learning_rate": rates[1]}
+        train(model, blocks, tmp_path / "run", steps=2, batch_size=2, seed=0, **settings)
+        assert {
+            name for name, x in model.state_dict().items() if not torch.equal(x, before[name])
+        } == expected
 
 
 def test_accumulation_is_the_large_batch(tmp_path):
@@ -120,9 +134,9 @@ def test_accumulation_is_the_large_batch(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"placement": "stream"}, {"n_perspectives": 1}], ids=str)
-def test_perspectives_alone_bring_a_tuned_model_back(tmp_path, options):
+def test_vectors_and_selectors_bring_a_tuned_model_back(tmp_path, options):
     tuned, base = random_model(1, **options), random_model(2, **options)
-    trained = dict(tuned.perspective_parameters())
+    trained = dict(tuned.vector_parameters())
     for name, x in tuned.state_dict().items():
         if name not in trained:
             base.state_dict()[name].copy_(x)
@@ -154,7 +168,7 @@ def lora_model(folder, **options):
     model = TemporalRwkvForCausalLM.from_pretrained(folder)
     config = {"r": 2, "lora_alpha": 8, "target_modules": TIME_MIXING, "task_type": "CAUSAL_LM"} | options
     model = get_peft_model(model, LoraConfig(**config))
-    for _, parameter in model.perspective_parameters():
+    for _, parameter in model.vector_parameters():
         parameter.requires_grad_(True)
     return model
 
@@ -170,7 +184,7 @@ def test_lora_and_perspectives_come_back_bit_for_bit(tmp_path, placement):
     changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
     assert changed == {name for name, x in model.named_parameters() if x.requires_grad}
     n_matrices = 2 * 4
-    assert len(changed) == 2 * n_matrices + 1 + len(list(model.perspective_parameters()))
+    assert len(changed) == 2 * n_matrices + 1 + len(list(model.vector_parameters()))
     model.eval().save_pretrained(tmp_path / "adapter")
     save_perspectives(model, tmp_path / "adapter")
     ids = Rows()[0]["input_ids"][None]

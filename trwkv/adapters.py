@@ -1,4 +1,4 @@
-"""Perspectives as a small file of their own, beside a base or a PEFT adapter.
+"""Perspectives, and the vectors they share, as a small file of their own, beside a base or a PEFT adapter.
 
 PEFT saves what it added itself and nothing else. Where perspectives train together with a LoRA, as
 `docs/finetuning.md` shows, they are kept here: in the same folder, and in every checkpoint of a Trainer.
@@ -26,7 +26,7 @@ _SETTINGS = ("n_perspectives", "placement", "perspective_vectors", "aggregation"
 
 
 def save_perspectives(model: TemporalRwkvForCausalLM, folder: str | PathLike) -> Path:
-    """Write `model.perspective_parameters()`, bit for bit, to `perspectives.safetensors` in `folder`.
+    """Write `model.vector_parameters()`, bit for bit, to `perspectives.safetensors` in `folder`.
 
     Args:
         model: on any device; the model itself, or PEFT's around it. Not one whose parameters are sharded.
@@ -39,7 +39,7 @@ def save_perspectives(model: TemporalRwkvForCausalLM, folder: str | PathLike) ->
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.detach().cpu().contiguous() for name, x in model.perspective_parameters()}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in model.vector_parameters()}
     save_file(tensors, folder / PERSPECTIVES_FILE, metadata=_settings(model))
     return folder / PERSPECTIVES_FILE
 
@@ -66,13 +66,13 @@ def load_perspectives(model: TemporalRwkvForCausalLM, folder: str | PathLike) ->
     for name, value in _settings(model).items():
         if settings.get(name) != value:
             raise ValueError(f"{path}: expected {name} {value}, as the model has; got {settings.get(name)}")
-    parameters = dict(model.perspective_parameters())
+    parameters = dict(model.vector_parameters())
     shapes = {name: tuple(x.shape) for name, x in parameters.items()}
     saved = {name: tuple(x.shape) for name, x in tensors.items()}
     if saved != shapes:
         different = sorted(dict(saved.items() ^ shapes.items()))
         raise ValueError(
-            f"{path}: expected the names and shapes of the model's perspectives; different are {different[:8]}"
+            f"{path}: expected the names and shapes of the model's vectors and selectors; different are {different[:8]}"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -77,7 +77,7 @@ def train(
     batch_size: int,
     learning_rate: float,
     seed: int,
-    perspective_learning_rate: float | None = None,
+    vector_learning_rate: float | None = None,
     device: str = "cpu",
     bf16: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
@@ -98,7 +98,7 @@ def train(
         batch_size: blocks per step.
         learning_rate: the largest one, reached after the warm-up.
         seed: of the order of the blocks, and of whatever the model draws while it trains.
-        perspective_learning_rate: another one for `model.perspective_parameters()` (a model of this library);
+        vector_learning_rate: another one for `model.vector_parameters()` (a model of this library);
             None is `learning_rate`.
         device: "cpu" or "cuda".
         bf16: compute in bfloat16 where autocast says so; the weights stay in their own type.
@@ -110,8 +110,8 @@ def train(
     folder = Path(folder)
     watch = _Watch(torch.device(device))
     optimizer = None
-    if perspective_learning_rate is not None:
-        rates = {"learning_rate": learning_rate, "perspective_learning_rate": perspective_learning_rate}
+    if vector_learning_rate is not None:
+        rates = {"learning_rate": learning_rate, "vector_learning_rate": vector_learning_rate}
         own: Any = model  # one of this library
         own.to(device)  # Trainer takes an optimizer only if the model is where it trains
         optimizer = torch.optim.AdamW(parameter_groups(own, **rates))
@@ -167,7 +167,7 @@ def parameter_groups(
     model: TemporalRwkvForCausalLM,
     *,
     learning_rate: float,
-    perspective_learning_rate: float | None = None,
+    vector_learning_rate: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """The parameters that require a gradient as groups for an optimizer of `torch.optim`.
@@ -178,19 +178,17 @@ def parameter_groups(
 
     Args:
         model: the model itself, or PEFT's around it.
-        learning_rate: of all but the perspectives.
-        perspective_learning_rate: of `model.perspective_parameters()`; None is `learning_rate`.
-        weight_decay: of the weights of `nn.Linear` that are no perspective's.
+        learning_rate: of all else.
+        vector_learning_rate: of `model.vector_parameters()`; None is `learning_rate`.
+        weight_decay: of the weights of `nn.Linear`, but the selectors'.
 
     Raises:
         ValueError: no parameter requires a gradient.
     """
-    perspectives = {parameter for _, parameter in model.perspective_parameters()}
+    vectors = {parameter for _, parameter in model.vector_parameters()}
     matrices = {module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)}
     groups: dict[str, dict[str, Any]] = {
-        "perspectives": {
-            "lr": learning_rate if perspective_learning_rate is None else perspective_learning_rate
-        },
+        "vectors": {"lr": learning_rate if vector_learning_rate is None else vector_learning_rate},
         "matrices": {"lr": learning_rate, "weight_decay": weight_decay},
         "others": {"lr": learning_rate},
     }
@@ -198,7 +196,7 @@ def parameter_groups(
     for parameter in model.parameters():
         if parameter.requires_grad:
             kind = "matrices" if parameter in matrices else "others"
-            groups["perspectives" if parameter in perspectives else kind]["params"].append(parameter)
+            groups["vectors" if parameter in vectors else kind]["params"].append(parameter)
     if not any(group["params"] for group in groups.values()):
         raise ValueError("model: expected at least one parameter that requires a gradient; got none")
     return [group for group in groups.values() if group["params"]]

@@ -32,7 +32,7 @@ TINY = {
     "save_steps": 2,
     "per_device_train_batch_size": 4,
     "learning_rate": "1e-2",  # which YAML takes for text
-    "perspective_learning_rate": 0.1,
+    "vector_learning_rate": 0.1,
     "lr_scheduler_kwargs": {"min_lr_rate": 0.5},
     "lr_scheduler_type": "cosine_with_min_lr",
     "label_names": ["labels"],
@@ -115,37 +115,38 @@ def test_perspectives_and_a_lora_on_a_base(finished, tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft")
     base = finished / "model"
     changed = {"base": base, "n_perspectives": None, "perspective_noise": None, "lora_rank": 2}
-    changed |= {"train_parameters": "perspectives+head", "lora_channel_mixing": True}
+    changed |= {"train_parameters": "vectors+head", "lora_channel_mixing": True}
     merged = run(tmp_path / "run", **changed)
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     assert_equal(run(tmp_path / "again", resume_from_checkpoint="latest", **changed), merged)
     before = weights(base)
     trained = {name for name, x in merged.items() if not torch.equal(x, before[name])}
-    assert trained == {
-        name for name in before if re.search(r"decay|first|selector|(att|ffn)\.[a-z]+\.|head", name)
-    }
+    assert trained == {name for name in before if re.search(r"time_|selector|(att|ffn)\.[a-z]+\.|head", name)}
     loaded = TemporalRwkvForCausalLM.from_pretrained(base)
     loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "run" / "adapter")
     load_perspectives(loaded, tmp_path / "run" / "adapter")
     assert_equal(loaded.merge_and_unload().state_dict(), merged)
 
 
-@pytest.mark.parametrize(("which", "learning_rate"), [("perspectives", None), ("all", 0.0)])
+@pytest.mark.parametrize(
+    ("which", "learning_rate"), [("vectors", None), ("perspectives", None), ("all", 0.0)]
+)
 def test_what_trains_on_a_base(finished, tmp_path, which, learning_rate):
     changed = {"n_perspectives": None, "perspective_noise": None, "train_parameters": which}
-    changed["perspective_learning_rate"] = learning_rate
+    changed["vector_learning_rate"] = learning_rate
     after, before = run(tmp_path / "run", base=finished / "model", **changed), weights(finished / "model")
     trained = {name for name, x in after.items() if not torch.equal(x, before[name])}
     model = TemporalRwkvForCausalLM.from_pretrained(finished / "model")
+    vectors = {name for name, _ in model.vector_parameters()}
     perspectives = {name for name, _ in model.perspective_parameters()}
-    assert trained == (perspectives if which == "perspectives" else set(before) - perspectives)
+    assert trained == {"vectors": vectors, "perspectives": perspectives, "all": set(before) - vectors}[which]
 
 
 def test_the_optimizer_has_the_groups_that_were_asked_for(finished, tmp_path):
     model = TemporalRwkvForCausalLM.from_pretrained(finished / "model")
     options = {"weight_decay": 0.25, "learning_rate": 0.5, "adam_beta2": 0.75, "use_cpu": True}
     trainer = script.GroupsTrainer(model=model, args=TrainingArguments(str(tmp_path), **options))
-    trainer.perspective_learning_rate = 2.0
+    trainer.vector_learning_rate = 2.0
     groups = trainer.create_optimizer().param_groups
     settings = [(group["lr"], group["weight_decay"], group["betas"][1]) for group in groups]
     assert settings == [(2.0, 0, 0.75), (0.5, 0.25, 0.75), (0.5, 0, 0.75)]
@@ -153,7 +154,7 @@ def test_the_optimizer_has_the_groups_that_were_asked_for(finished, tmp_path):
 
 @pytest.mark.slow  # tests/test_sharded.py has the step itself
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    options = {"optim": "sgd", "learning_rate": 0.3, "perspective_learning_rate": 0.3, "save_strategy": "no"}
+    options = {"optim": "sgd", "learning_rate": 0.3, "vector_learning_rate": 0.3, "save_strategy": "no"}
     expected = run(tmp_path / "one", **options)
     words = on_command_line(
         TINY | options | {"per_device_train_batch_size": 2, "output_dir": tmp_path / "two"}

@@ -105,12 +105,12 @@ def test_results(finished):
     assert not list(folder.rglob("checkpoint-*"))
 
 
-def test_only_the_perspectives_were_trained(finished):
+def test_only_vectors_and_selectors_were_trained(finished):
     folder, _ = finished
     base = TemporalRwkvForCausalLM.from_rwkv4(folder / "base" / "base.pth")
     for P in (1, 3):
         model = TemporalRwkvForCausalLM.from_pretrained(folder / f"p{P}" / "model")
-        trained = {name for name, _ in model.perspective_parameters()}
+        trained = {name for name, _ in model.vector_parameters()}
         before = base.state_dict()
         for name, tensor in model.state_dict().items():
             if name not in trained:

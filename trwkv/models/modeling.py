@@ -337,23 +337,29 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
             if _vector_name(name) in self.config.perspective_vectors or "selector." in name:
                 yield name, parameter
 
+    def vector_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of the seven vectors of every block, those that perspectives share (by default the
+        token-shift mixes) included, and of the selectors."""
+        for name, parameter in self.named_parameters():
+            if _vector_name(name) in TIME_VECTORS + CHANNEL_VECTORS or "selector." in name:
+                yield name, parameter
+
     def freeze_base(
-        self, *, train_head: bool = False, train_vectors: bool = False
+        self, *, train_head: bool = False, train_vectors: bool = True
     ) -> "TemporalRwkvForCausalLM":
-        """Let only `perspective_parameters()` train: the paper's recipe. Returns self.
+        """Let only `vector_parameters()` train. Returns self.
+
+        This is the paper's recipe, in which every vector that trains belongs to a perspective, also for perspectives
+        that share some: those train as well, for they are where most of the gain was (docs/reproduction.md), they are
+        few, and they cost nothing in inference.
 
         Args:
             train_head: the head, too.
-            train_vectors: all seven vectors of every block, too, also those that the perspectives share (the
-                token-shift mixes, by default). They are few, and cost nothing in inference.
+            train_vectors: False for `perspective_parameters()` alone; shared vectors then stay the base's.
         """
         self.requires_grad_(False)
-        for _, parameter in self.perspective_parameters():
+        for _, parameter in self.vector_parameters() if train_vectors else self.perspective_parameters():
             parameter.requires_grad_(True)
-        if train_vectors:
-            for name, parameter in self.named_parameters():
-                if _vector_name(name) in TIME_VECTORS + CHANNEL_VECTORS:
-                    parameter.requires_grad_(True)
         self.head.requires_grad_(train_head)
         return self
 
