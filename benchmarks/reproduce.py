@@ -88,10 +88,15 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     runner = studies.Runner(study, texts, folder, options.device, options.bf16)
     try:
         with _stopping_after(options.minutes):
-            for wait in (False, True):  # first what nobody else is at, then what others have not finished
-                for cell, seed in study.jobs():
-                    if cell.name in chosen and _ensure(runner, cell, seed, wait):
+            jobs = [(cell, seed) for cell, seed in study.jobs() if cell.name in chosen]
+            while left := [job for job in jobs if not _is_done(runner, *job)]:
+                ran = False
+                for cell, seed in left:
+                    if _ensure(runner, cell, seed, wait=False):
+                        ran = True
                         _collect(runner, options)
+                if not ran:  # others are at all that is left
+                    _ensure(runner, *left[0], wait=True)
             with FileLock(folder / "cost.lock"):
                 _measure_cost(runner, [study.cells[name] for name in chosen])
             _collect(runner, options)
@@ -125,17 +130,24 @@ def _stopping_after(minutes: float | None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _is_done(runner: Any, cell: Any, seed: int) -> bool:
+    return (runner.place(cell.name, seed) / "result.json").exists()
+
+
 def _ensure(runner: Any, cell: Any, seed: int, wait: bool) -> bool:
-    """Run a cell unless it is done, or, without `wait`, another process is at it. Whether it was run here."""
-    place = runner.place(cell.name, seed)
-    if (place / "result.json").exists():
+    """Run a cell unless it is done, or, without `wait`, another process is at it or its base. Whether it was run."""
+    if _is_done(runner, cell, seed):
         return False
     if cell.start == "upcycled":
-        _ensure(runner, runner.study.cells[cell.base], seed, True)
+        base = runner.study.cells[cell.base]
+        _ensure(runner, base, seed, wait)
+        if not _is_done(runner, base, seed):
+            return False
+    place = runner.place(cell.name, seed)
     place.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(place / "lock", timeout=-1 if wait else 0):
-            if (place / "result.json").exists():
+            if _is_done(runner, cell, seed):
                 return False
             print(f"\n{cell.name}, seed {seed}", flush=True)
             runner.run(cell, seed)

@@ -144,6 +144,7 @@ def test_two_processes_share_the_work(study, monkeypatch):
     monkeypatch.setattr(studies.Runner, "run", pretend)
     place = runner.place("p1", 0)
     place.mkdir(parents=True)
+    runner.place("base", 1).mkdir(parents=True)
     cells = runner.study.cells
     with FileLock(place / "lock"):
         reproduce._ensure(runner, cells["p1"], 0, wait=False)
@@ -151,6 +152,9 @@ def test_two_processes_share_the_work(study, monkeypatch):
     reproduce._ensure(runner, cells["p1"], 0, wait=True)
     reproduce._ensure(runner, cells["p1"], 0, wait=True)
     assert done == [("base", 0), ("p1", 0)]
+    with FileLock(runner.place("base", 1) / "lock"):
+        reproduce._ensure(runner, cells["p1"], 1, wait=False)
+    assert ("p1", 1) not in done
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
