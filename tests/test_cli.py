@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from trwkv import cli
+from trwkv.cli import load_model
+from trwkv.data import load_tokenizer
 from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
 from trwkv.synthetic import byte_tokenizer
 
@@ -52,6 +54,38 @@ def test_a_converted_folder_keeps_its_tokenizer(folder, tmp_path) -> None:
     copied = {file.name for file in (tmp_path / "copy").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "model.safetensors"} <= copied
     assert cli.load_model(str(tmp_path / "copy")).head.weight.dtype == torch.bfloat16
+
+
+def test_a_converted_file_is_given_a_tokenizer(folder, tmp_path, capsys) -> None:
+    cli.main(["convert", str(folder), str(tmp_path / "rwkv4.pth")])
+    cli.main(["convert", str(tmp_path / "rwkv4.pth"), str(tmp_path / "without")])
+    assert "has no tokenizer: name one with --tokenizer" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"expected a folder with tokenizer\.json"):
+        cli.main(["generate", "--model", str(tmp_path / "without"), "--prompt", "a"])
+    with pytest.raises(SystemExit, match=r"expected a tokenizer\.json"):
+        cli.main(["generate", "--model", str(tmp_path / "rwkv4.pth"), "--prompt", "a"])
+    cli.main(["convert", str(tmp_path / "rwkv4.pth"), str(tmp_path / "with"), "--tokenizer", str(folder)])
+    assert load_tokenizer(str(tmp_path / "with"))("a b")["input_ids"] == byte_tokenizer()("a b")["input_ids"]
+    with pytest.raises(SystemExit, match="--tokenizer: only for a folder"):
+        cli.main(["convert", str(folder), str(tmp_path / "again.pth"), "--tokenizer", str(folder)])
+    assert not (tmp_path / "again.pth").exists()
+
+
+def test_a_hub_id_brings_its_tokenizer(folder, tmp_path, monkeypatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repository, *, allow_patterns, local_files_only):
+        asked.append((repository, allow_patterns))
+        return str(folder)
+
+    cli.main(["convert", "--rwkv4", str(folder), str(tmp_path / "remote")])
+    monkeypatch.setattr(cli, "load_model", lambda source, *_, **__: load_model(str(tmp_path / "remote")))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    cli.main(["convert", "someone/rwkv4", str(tmp_path / "ours")])
+    assert asked == [("someone/rwkv4", list(cli.TOKENIZER_FILES))]
+    assert load_tokenizer(str(tmp_path / "ours")).eos_token_id is not None
 
 
 def test_generate(folder, capsys) -> None:

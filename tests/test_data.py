@@ -82,6 +82,21 @@ def test_is_hub_id(source, expected):
     assert is_hub_id(source) is expected
 
 
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "rwkv.pth").write_bytes(b"\x80")
+    (tmp_path / "folder").mkdir()
+    for name in ("tokenizer.json", "rwkv.pth", "folder", "missing"):
+        with pytest.raises(ValueError, match=f"{name}'?: expected .*tokenizer.json"):
+            load_tokenizer(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("source", ["missing.txt", "text.csv"])
+def test_a_text_that_cannot_be_read_is_refused(source):
+    with pytest.raises(ValueError, match=f"training text .*{source}"):
+        token_blocks(source, load_tokenizer("bytes"), context_length=8, max_tokens=100)
+
+
 def test_a_tokenizer_file_without_an_end_of_text_gets_one(tmp_path):
     from tokenizers import Tokenizer, models
 

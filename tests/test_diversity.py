@@ -46,6 +46,16 @@ def collapse(model, layer, rows=2):
             x[1] = x[0]
 
 
+def test_one_perspective_is_refused():
+    one = TemporalRwkvForCausalLM(TemporalRwkvConfig(vocab_size=16, hidden_size=8, num_hidden_layers=2))
+    for measure in (
+        vector_distances,
+        *(lambda x, f=f: f(x, IDS) for f in (output_distance, selector_entropy)),
+    ):
+        with pytest.raises(ValueError, match="two perspectives or more; got one"):
+            measure(one)
+
+
 def test_half_lives():
     lives = half_lives(known_model())
     for i, life in enumerate(lives):

@@ -1,12 +1,13 @@
 """`trwkv`: convert, evaluate and run checkpoints from the command line.
 
-    trwkv convert RWKV-4-Pile-169M.pth three-perspectives --perspectives 3 --noise 0.1
+    trwkv convert RWKV-4-Pile-169M.pth three-perspectives --perspectives 3 --noise 0.1 --tokenizer 20B_tokenizer.json
     trwkv eval --model three-perspectives --tasks lambada_openai,sciq
     trwkv generate --model three-perspectives --prompt "Once upon a time"
     trwkv lm-eval --model trwkv --model_args pretrained=three-perspectives --tasks sciq --num_fewshot 5
 
 A model is a folder that `save_pretrained` or `trwkv convert` wrote, or any RWKV-4 checkpoint that `trwkv.convert`
-reads: an official .pth, a file of rwkv.cpp, a Hugging Face folder, a hub id.
+reads: an official .pth, a file of rwkv.cpp, a Hugging Face folder, a hub id. Files have no tokenizer with them: name
+one, as `convert` does here, or whenever it is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--placement", choices=("layer", "stream"), help="where they are (default: layer)")
     convert.add_argument("--noise", type=float, help="sets them apart, relative to their size (default: 0)")
     convert.add_argument("--rwkv4", action="store_true", help="a folder for transformers' own RWKV-4 model")
+    convert.add_argument(
+        "--tokenizer",
+        help="put into the folder: folder, tokenizer.json or hub id (default: the source's, if it has one)",
+    )
     convert.add_argument("--dtype", choices=DTYPES, help="of the parameters (default: the checkpoint's)")
     convert.set_defaults(run=_convert)
 
@@ -113,6 +118,9 @@ def load_model(source: str, dtype: str | None = None, **options: Any) -> Tempora
 
 
 def _convert(options: argparse.Namespace) -> None:
+    is_file = options.rwkv4 or options.target.suffix in (".pth", ".bin")
+    if is_file and options.tokenizer:
+        raise ValueError(f"--tokenizer: only for a folder of this package; the target is {options.target}")
     wanted = {
         "n_perspectives": options.perspectives,
         "placement": options.placement,
@@ -121,19 +129,38 @@ def _convert(options: argparse.Namespace) -> None:
     model = load_model(
         options.source, options.dtype, **{name: x for name, x in wanted.items() if x is not None}
     )
-    if options.rwkv4 or options.target.suffix in (".pth", ".bin"):
+    if is_file:
         model.to_rwkv4(options.target)
     else:
+        save_tokenizer = _tokenizer_of(options)
         model.save_pretrained(options.target)
-        _copy_tokenizer(Path(options.source), options.target)
+        save_tokenizer(options.target)
     count = model.count_parameters()
     print(f"{options.target}: {count.total:,} parameters, of which perspectives add {count.added:,}")
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            (target / name).write_bytes((source / name).read_bytes())
+def _tokenizer_of(options: argparse.Namespace) -> Callable[[Path], Any]:
+    """What puts the tokenizer into a folder: that of --tokenizer, else the source's, else a word that there is none."""
+    from trwkv.data import is_hub_id, load_tokenizer
+
+    if options.tokenizer:
+        return load_tokenizer(options.tokenizer).save_pretrained
+    folder = Path(options.source)
+    if is_hub_id(options.source):
+        from huggingface_hub import constants, snapshot_download
+
+        offline = constants.HF_HUB_OFFLINE
+        patterns = list(TOKENIZER_FILES)
+        folder = Path(snapshot_download(options.source, allow_patterns=patterns, local_files_only=offline))
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+    def copy(target: Path) -> None:
+        for file in files:
+            (target / file.name).write_bytes(file.read_bytes())
+        if not files:
+            print(f"{options.source} has no tokenizer: name one with --tokenizer, here or in what comes next")
+
+    return copy
 
 
 def _evaluate(options: argparse.Namespace) -> None:

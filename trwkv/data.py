@@ -74,6 +74,7 @@ def token_blocks(
     Raises:
         ValueError: the source cannot be read, has no text, or is shorter than two blocks.
     """
+    check_train_source(source)
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: expected one with an end-of-text token (eos_token), got one without")
     eos = tokenizer.eos_token_id
@@ -195,15 +196,22 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
             RWKV-4 Pile models does not, gets `<|endoftext|>`.
 
     Raises:
-        ValueError: there is no such tokenizer, or it has no end-of-text token.
+        ValueError: there is no such tokenizer, it cannot be read, or it has no end-of-text token.
     """
     if source == "bytes":
         return byte_tokenizer()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(source)
+    if path.is_file() and path.suffix != ".json":
+        raise ValueError(f"tokenizer {source}: expected a tokenizer.json or a folder; got another file")
     if path.is_file():
-        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        try:
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        except Exception as error:  # tokenizers raises no other
+            raise ValueError(f"tokenizer {source}: expected a tokenizer.json; {error}") from error
+    elif path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("vocab*")):
+        raise ValueError(f"tokenizer {source}: expected a folder with tokenizer.json; this one has none")
     elif path.is_dir() or is_hub_id(source):
         if not path.is_dir():
             check_hub(source, 'the path of a tokenizer.json file, or "bytes"')

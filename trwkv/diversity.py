@@ -29,7 +29,12 @@ def half_lives(model: TemporalRwkvForCausalLM) -> list[Tensor]:
 
 
 def vector_distances(model: TemporalRwkvForCausalLM) -> list[float]:
-    """Per layer: the distance of the two closest perspectives' vectors, relative to the size of the vectors."""
+    """Per layer: the distance of the two closest perspectives' vectors, relative to the size of the vectors.
+
+    Raises:
+        ValueError: P = 1.
+    """
+    _check_perspectives(model)
     names = {name for name, _ in model.perspective_parameters() if "selector." not in name}
     result = []
     for i in range(len(model.rwkv.blocks)):
@@ -49,9 +54,13 @@ def output_distance(model: TemporalRwkvForCausalLM, input_ids: Tensor) -> float:
     mean square over tokens and channels, averaged over pairs and layers. 0 is a model that has collapsed to P = 1.
 
     Args:
-        model: P > 1, on the device of `input_ids`.
+        model: on the device of `input_ids`.
         input_ids: [B, T].
+
+    Raises:
+        ValueError: P = 1.
     """
+    _check_perspectives(model)
     inputs: list[Tensor] = []
     layers = _time_mixings(model)
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
@@ -72,6 +81,11 @@ def output_distance(model: TemporalRwkvForCausalLM, input_ids: Tensor) -> float:
                 layer.selector = selector
         distances += _relative_distances(outputs)
     return sum(distances) / len(distances)
+
+
+def _check_perspectives(model: TemporalRwkvForCausalLM) -> None:
+    if model.config.n_perspectives < 2:
+        raise ValueError("model: expected two perspectives or more; got one")
 
 
 def _time_mixings(model: TemporalRwkvForCausalLM) -> list[TimeMixing]:
@@ -96,7 +110,12 @@ def _relative_distances(perspectives: Tensor) -> list[float]:
 
 @torch.no_grad()
 def selector_weights(model: TemporalRwkvForCausalLM, input_ids: Tensor) -> list[Tensor]:
-    """What every selector gives for one text [1, T]: [T, P] each, first layer to last."""
+    """What every selector gives for one text [1, T]: [T, P] each, first layer to last.
+
+    Raises:
+        ValueError: P = 1.
+    """
+    _check_perspectives(model)
     found: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, weights: Tensor) -> None:
@@ -114,7 +133,11 @@ def selector_weights(model: TemporalRwkvForCausalLM, input_ids: Tensor) -> list[
 
 def selector_entropy(model: TemporalRwkvForCausalLM, input_ids: Tensor) -> float:
     """Mean entropy of the selectors' weights over a text [1, T], as a share of log P: 1 is the plain mean of the
-    perspectives, 0 one perspective at a time."""
+    perspectives, 0 one perspective at a time.
+
+    Raises:
+        ValueError: P = 1.
+    """
     weights = torch.stack(selector_weights(model, input_ids)).float()
     entropy = -torch.xlogy(weights, weights).sum(-1).mean()
     return float(entropy) / math.log(weights.shape[-1])

@@ -29,7 +29,7 @@ class TemporalRwkvConfig(PreTrainedConfig):
         context_length: tokens the model was trained on at once. A note: nothing limits the length.
         n_perspectives: P.
         placement: where the perspectives live. "layer": inside each time mixing, merged right after the WKV;
-            k and v are shared, so that P perspectives cost about as much as one. "stream": P whole residual
+            k and v are shared, and every matrix works once. "stream": P whole residual
             streams that share every matrix, merged after the last LayerNorm; P times the compute (the paper's
             released code).
         perspective_vectors: which of RWKV-4's seven vectors per block are one per perspective: "time_decay",

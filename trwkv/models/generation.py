@@ -17,8 +17,10 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
     """Hugging Face's `generate`, on a `TemporalRwkvCache`.
 
     All its ways of decoding work. `cache_implementation` may be None or "dynamic", or "static" to let `generate`
-    compile the decoding step on a GPU. To go on from a cache, pass it as `past_key_values` and all tokens so far
-    as `input_ids` (those it has seen are skipped), or the new ones alone with an `attention_mask` as long as all.
+    compile the decoding step on a GPU (not with an assistant). To go on from a cache, pass it as `past_key_values` and
+    all tokens so far as `input_ids` (those it has seen are skipped), or the new ones alone with an `attention_mask` as
+    long as all; for n beams or n returned sequences after `cache.batch_repeat_interleave(n)`. With an assistant the
+    cache must be a fresh one.
     """
 
     @classmethod

@@ -41,7 +41,7 @@ class TimeMixing(nn.Module):
     Two forms:
 
     * with a `selector`, x is [B, T, C] and the perspectives live inside this layer: merged right after the
-      WKV. k and v are shared by all P, so that P perspectives cost about as much as one, unless "time_mix_k"
+      WKV. k and v are shared by all P, and every matrix works once, unless "time_mix_k"
       or "time_mix_v" are among `perspective_vectors`: then that matrix multiplies P inputs ("time_mix_r"
       likewise for the receptance, and the merge follows the gate).
     * without one and P > 1, x is [B, T, P, C]: P residual streams side by side, never merged here.
