@@ -86,6 +86,8 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     texts = studies.Texts(study, options.data, folder)
     runner = studies.Runner(study, texts, folder, options.device, options.bf16)
+    for job in study.jobs():
+        runner.check(*job)
     try:
         with _stopping_after(options.minutes):
             jobs = [(cell, seed) for cell, seed in study.jobs() if cell.name in chosen]

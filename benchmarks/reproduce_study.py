@@ -18,7 +18,7 @@ from transformers import TrainerCallback, set_seed
 import reproduce_measures as measures
 from trwkv.data import TokenBlocks, load_tokenizer, token_blocks
 from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
-from trwkv.runs import read_json, write_json
+from trwkv.runs import check_same_options, read_json, write_json
 from trwkv.training import train
 
 STANDARD_LIBRARY = "standard library"
@@ -102,6 +102,11 @@ class Study:
                 )
         return study
 
+    def common(self) -> dict[str, Any]:
+        """What all runs of a study share, and what is kept of one is of no use without."""
+        names = ("tokenizer", "model", "texts", "also_measured", "lambada", "evaluation")
+        return {name: getattr(self, name) for name in names}
+
     def jobs(self) -> Iterator[tuple[Cell, int]]:
         """All runs: the upcycled cells seed by seed, so that whoever stops early has whole seeds; then those from
         scratch, the dearest, cell by cell in the order of the file."""
@@ -140,7 +145,8 @@ class Texts:
                     self._source(text, part), self.tokenizer, context_length=256, max_tokens=1 << 40
                 )
                 unfinished = path.with_suffix(".part.npy")
-                np.save(unfinished, blocks.blocks.reshape(-1).astype(np.uint16))
+                kind = np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32
+                np.save(unfinished, blocks.blocks.reshape(-1).astype(kind))
                 unfinished.replace(path)
         return np.load(path, mmap_mode="r")
 
@@ -193,6 +199,19 @@ class Runner:
     def place(self, name: str, seed: int) -> Path:
         return self.folder / name / f"seed{seed}"
 
+    def check(self, cell: Cell, seed: int) -> None:
+        """Raise ValueError if the cell's folder holds a run of other settings than it has now."""
+        path = self.place(cell.name, seed) / "cell.json"
+        if path.exists():
+            check_same_options(
+                read_json(path),
+                self._settings(cell),
+                f"{path.parent}: a run of another configuration is there",
+            )
+
+    def _settings(self, cell: Cell) -> dict[str, Any]:
+        return asdict(cell) | {"bf16": self.bf16} | self.study.common()
+
     def run(self, cell: Cell, seed: int) -> None:
         """Train and measure; continues what an earlier run of it left unfinished.
 
@@ -201,6 +220,7 @@ class Runner:
         """
         place = self.place(cell.name, seed)
         place.mkdir(parents=True, exist_ok=True)
+        write_json(place / "cell.json", self._settings(cell))
         if not (place / "training.json").exists():
             self._train(cell, seed, place)
         model = TemporalRwkvForCausalLM.from_pretrained(place / "model").to(self.device)

@@ -102,6 +102,12 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, Training
         known = {option.name for kind in kinds for option in fields(kind) if option.init}
         if unknown := sorted(set(options) - known):
             raise ValueError(f"{file}: unknown options {', '.join(unknown)}")
+        for option in parser._actions:  # argparse checks no default
+            value = options.get(option.dest)
+            if option.choices and value is not None and str(value) not in map(str, option.choices):
+                raise ValueError(
+                    f"{file}: {option.dest}: expected one of {', '.join(map(str, option.choices))}; got {value!r}"
+                )
         parser.set_defaults(**options)  # text is still parsed: YAML takes 1e-3 for text
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
 

@@ -42,7 +42,7 @@ def draw(
     middle.set(
         ylabel="weight", title=f"Selector{' (mean of the layers)' if len(weights) > 1 else ''}", ylim=(0, 1)
     )
-    middle.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
+    middle.set_xticks(range(len(tokens)), [x.replace("$", r"\$") for x in tokens], rotation=90, fontsize=7)
     right.bar(range(len(apart)), apart)
     right.set(xlabel="layer", ylabel="relative distance", title="The two closest perspectives")
     for axes in (left, right):

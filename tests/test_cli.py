@@ -71,6 +71,18 @@ def test_a_converted_file_is_given_a_tokenizer(folder, tmp_path, capsys) -> None
     assert not (tmp_path / "again.pth").exists()
 
 
+def test_convert_says_where_it_cannot_write(folder, tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(
+        SystemExit, match=r"expected a folder, or a name that ends in \.pth or \.bin; it is a file"
+    ):
+        cli.main(["convert", str(folder), str(tmp_path / "file")])
+    assert (tmp_path / "file").read_text() == "mine"
+    for name in ("new.pth", "new.bin"):
+        cli.main(["convert", str(folder), str(tmp_path / "made" / name)])
+        assert (tmp_path / "made" / name).stat().st_size > 1000
+
+
 def test_a_hub_id_brings_its_tokenizer(folder, tmp_path, monkeypatch) -> None:
     import huggingface_hub
 

@@ -91,6 +91,12 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
             load_tokenizer(str(tmp_path / name))
 
 
+def test_a_row_without_text_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "abc"}\n{"text": null}\n')
+    with pytest.raises(ValueError, match=r'rows\.jsonl: expected text in every "text" field'):
+        token_blocks(str(tmp_path / "rows.jsonl"), load_tokenizer("bytes"), context_length=2, max_tokens=100)
+
+
 @pytest.mark.parametrize("source", ["missing.txt", "text.csv"])
 def test_a_text_that_cannot_be_read_is_refused(source):
     with pytest.raises(ValueError, match=f"training text .*{source}"):

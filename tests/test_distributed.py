@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from trwkv import distributed
 from trwkv.distributed import previous_token, sequence_parallel_wkv
 from trwkv.modules.time_mixing import token_shift
 from trwkv.testing import IMPLEMENTATIONS, truth_of, wkv_case
@@ -166,6 +167,27 @@ def test_in_one_process(tmp_path):
         sequence_parallel_wkv(-vector, vector, k, k)
     with pytest.raises(RuntimeError, match="init_process_group"):
         previous_token(k)
+
+
+def test_without_gradients_there_is_no_graph(monkeypatch):
+    seen = []
+
+    def run(self, *args):
+        seen.append(torch.is_grad_enabled())
+        return kept(self, *args)
+
+    kept = distributed._Stretch.run
+    monkeypatch.setattr(distributed._Stretch, "run", run)
+    vector, k = torch.rand(2, requires_grad=True), torch.rand(1, 3, 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.no_grad():
+            expected = sequence_parallel_wkv(-vector, vector, k, k).output
+        assert not any(seen)
+        assert torch.equal(sequence_parallel_wkv(-vector, vector, k, k).output, expected)
+        assert any(seen)
+    finally:
+        dist.destroy_process_group()
 
 
 def misplaced(rank, n_ranks, folder):

@@ -122,6 +122,46 @@ def test_bad_files(model, tmp_path, content, named):
         evaluate(model, TOKENIZER, [path])
 
 
+def test_groups_filters_and_metrics_of_several_numbers():
+    """As lm-eval reports them; a group is no task, and has no samples."""
+    from trwkv import evaluate as module
+
+    several = {"exact_match,strict": 0.1, "exact_match,flexible": 0.4, "exact_match_stderr,strict": "N/A"}
+    report = {
+        "results": {
+            "mmlu": {"name": "mmlu", "sample_len": 5, "acc,none": 0.5},
+            "gsm8k": {"sample_len": 2, **several},
+            "wikitext": {"sample_len": 1, "word_perplexity,none": 9.0},
+        },
+        "n-samples": {"gsm8k": {"effective": 2}, "wikitext": {"effective": 1}},
+        "samples": {
+            "gsm8k": [
+                {"doc_id": i, "filter": name, "metrics": ["exact_match"], "exact_match": value}
+                for name, values in (("strict", (0, 1)), ("flexible", (2, 3)))
+                for i, value in ((1, values[1]), (0, values[0]))
+            ],
+            "wikitext": [
+                {
+                    "doc_id": 0,
+                    "filter": "none",
+                    "metrics": ["word_perplexity", "acc"],
+                    "word_perplexity": (1.0, 2),
+                }
+                | {"acc": True}
+            ],
+        },
+    }
+    assert module._metrics(report, None) == {
+        "mmlu": {"acc": 0.5, "n": 5},
+        "gsm8k": {"exact_match,strict": 0.1, "exact_match,flexible": 0.4, "n": 2},
+        "wikitext": {"word_perplexity": 9.0, "n": 1},
+    }
+    assert module._samples(report, None) == {
+        "gsm8k": {"exact_match,strict": [0.0, 1.0], "exact_match,flexible": [2.0, 3.0]},
+        "wikitext": {"acc": [1.0]},
+    }
+
+
 def test_bad_arguments(model, passages):
     with pytest.raises(ValueError, match="tasks: expected a list"):
         check_tasks([])

@@ -116,6 +116,25 @@ def test_train_with_a_learning_rate_for_the_vectors(tmp_path):
         } == expected
 
 
+def test_a_training_killed_after_its_last_step_takes_no_other(tmp_path, monkeypatch):
+    blocks = TokenBlocks(torch.randint(19, (6, 8)).numpy())
+    settings = {"steps": 4, "batch_size": 2, "learning_rate": 0.1, "seed": 0}
+    whole, killed, again = random_model(), random_model(), random_model()
+    history = train(whole, blocks, tmp_path / "whole", **settings).history
+
+    def kill(*_, **__):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr("trwkv.training.shutil.rmtree", kill)
+        train(killed, blocks, tmp_path / "run", **settings)
+    result = train(again, blocks, tmp_path / "run", **settings)
+    assert (result.steps, result.tokens_per_second, result.history) == (0, 0, history)
+    for name, x in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x), name
+    assert not (tmp_path / "run").exists()
+
+
 def test_accumulation_is_the_large_batch(tmp_path):
     """2 x 4 rows = 1 x 8, although the halves have different numbers of labels."""
     models = []

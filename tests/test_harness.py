@@ -110,6 +110,23 @@ def test_the_newline_counts(files, tmp_path):
     assert scores(files, tmp_path, source) != scores(files, tmp_path, source, "--newline-prefix")
 
 
+def test_the_newline_is_before_what_is_to_be_continued(files, monkeypatch):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from trwkv.harness import TrwkvLM
+
+    seen = []
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, disable_tqdm: seen.extend(requests))
+    model = str(files / FORMATS["trwkv"])
+    request = Instance("generate_until", doc={}, arguments=("a", {"until": ["."]}), idx=0)
+    for newline in (False, True):
+        TrwkvLM(model, "bytes", device="cpu", newline_prefix=newline).generate_until(
+            [request], disable_tqdm=True
+        )
+    assert [x.args for x in seen] == [("a", {"until": ["."]}), ("\na", {"until": ["."]})]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -121,6 +121,10 @@ def _convert(options: argparse.Namespace) -> None:
     is_file = options.rwkv4 or options.target.suffix in (".pth", ".bin")
     if is_file and options.tokenizer:
         raise ValueError(f"--tokenizer: only for a folder of this package; the target is {options.target}")
+    if not is_file and options.target.is_file():
+        raise ValueError(
+            f"{options.target}: expected a folder, or a name that ends in .pth or .bin; it is a file"
+        )
     wanted = {
         "n_perspectives": options.perspectives,
         "placement": options.placement,

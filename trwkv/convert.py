@@ -132,6 +132,7 @@ def write_rwkv4(path: str | PathLike, state: dict[str, Tensor], settings: dict[s
         settings: options of Hugging Face's `RwkvConfig`.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pth":
         torch.save(state, path)
         return

@@ -126,6 +126,8 @@ def _documents(rows, source: str) -> Iterator[tuple[list[str], list[bool]]]:
     for batch in rows.iter(batch_size=_BATCH_ROWS):
         if "text" not in batch:
             raise ValueError(f'training text {source}: expected a "text" field, got {", ".join(batch)}')
+        if not all(isinstance(text, str) for text in batch["text"]):
+            raise ValueError(f'training text {source}: expected text in every "text" field; one has none')
         yield batch["text"], [True] * len(batch["text"])
 
 

@@ -74,7 +74,7 @@ def sequence_parallel_wkv(
         raise ValueError(
             f"initial_state: expected None in all processes but that of rank {first}; got one in rank {rank}"
         )
-    stretch = _Stretch(position, reverse, group, backend)
+    stretch = _Stretch(position, reverse, group, backend, torch.is_grad_enabled())
     output, final_state = _SequenceParallel.apply(stretch, w, u, k, v, weights, initial_state)
     return WkvOutput(output, final_state if output_final_state else None)
 
@@ -125,6 +125,7 @@ class _Stretch(NamedTuple):
     reverse: bool
     group: "dist.ProcessGroup | None"
     backend: str
+    grad_enabled: bool
 
     def run(
         self, w: Tensor, u: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, state: Tensor | None
@@ -157,12 +158,13 @@ class _SequenceParallel(torch.autograd.Function):
         states = stretch.gather(own)
         lengths = [int(n) for n in stretch.gather(torch.tensor(k.shape[1], device=k.device))]
         before = _state_before(stretch.position, states, lengths, w, initial_state)
+        is_needed = [needed and stretch.grad_enabled for needed in ctx.needs_input_grad]
         leaves: list[Any] = [None if x is None else x.detach() for x in (w, u, k, v, weights)]
-        for x, is_needed in zip(leaves, ctx.needs_input_grad[1:], strict=False):
-            if is_needed:
+        for x, needed in zip(leaves, is_needed[1:], strict=False):
+            if needed:
                 x.requires_grad_()
-        before = before.detach().requires_grad_(any(ctx.needs_input_grad))
-        with torch.enable_grad():
+        before = before.detach().requires_grad_(any(is_needed))
+        with torch.set_grad_enabled(any(is_needed)):
             w, u, k, v, weights = leaves
             output, final_state = stretch.run(w, u, k, v, weights, before)
         ctx.stretch, ctx.lengths, ctx.leaves, ctx.before = stretch, lengths, leaves, before

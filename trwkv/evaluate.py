@@ -64,11 +64,12 @@ def evaluate(
         limit: use only the first `limit` examples of each task; None uses all.
         newline_prefix: put a line break before every context, as the paper's evaluation did.
         samples: gets, for each task, every metric's values example by example, in the order of the examples
-            (log(p(target | context)) for perplexity).
+            (log(p(target | context)) for perplexity); not those of metrics that take more than a number of each.
 
     Returns:
         For each task, by its file's name (without folder) or its own name, the metrics that lm-eval
-        reports, with their standard errors (`<metric>_stderr`), and the number of examples `n`.
+        reports, with their standard errors (`<metric>_stderr`), and the number of examples `n`. Where several of
+        its filters give a metric, as with some generated answers, its name is "<metric>,<filter>".
 
     Raises:
         ValueError: no task, an unknown task, a malformed file, or data that are not here and cannot be
@@ -199,22 +200,35 @@ def _metrics(report: Any, file_name: str | None) -> dict[str, dict[str, float]]:
     """lm-eval's `{task: {"acc,none": ..., "acc_stderr,none": ...}}` as `{task: {"acc": ..., "n": ...}}`."""
     results = {}
     for task, values in report["results"].items():
-        metrics = {
-            key.partition(",")[0]: float(value)
+        found = {
+            tuple(key.split(",", 1)): float(value)
             for key, value in values.items()
             if "," in key and isinstance(value, int | float)
         }
-        if metrics:
-            results[file_name or task] = {**metrics, "n": report["n-samples"][task]["effective"]}
+        if found:
+            counts = report["n-samples"].get(task)  # a group of tasks has none
+            n = counts["effective"] if counts else values["sample_len"]
+            results[file_name or task] = _by_short_name(found) | {"n": n}
     return results
 
 
 def _samples(report: Any, file_name: str | None) -> dict[str, dict[str, list[float]]]:
     """lm-eval's records of each example as `{task: {"acc": [...], ...}}`."""
+    results = {}
+    for task, records in report["samples"].items():
+        found: dict[tuple[str, ...], list[float]] = {}
+        for record in sorted(records, key=lambda record: record["doc_id"]):
+            for metric in record["metrics"]:
+                if not isinstance(record[metric], tuple | list | dict | str):  # a number of each example
+                    found.setdefault((metric, record["filter"]), []).append(float(record[metric]))
+        results[file_name or task] = _by_short_name(found)
+    return results
+
+
+def _by_short_name(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """By metric, from (metric, filter); by "metric,filter" where several filters have the metric."""
+    metrics = [metric for metric, _ in values]
     return {
-        file_name or task: {
-            metric: [float(record[metric]) for record in sorted(records, key=lambda record: record["doc_id"])]
-            for metric in records[0]["metrics"]
-        }
-        for task, records in report["samples"].items()
+        metric if metrics.count(metric) == 1 else f"{metric},{filter_}": value
+        for (metric, filter_), value in values.items()
     }

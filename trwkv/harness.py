@@ -89,11 +89,17 @@ class TrwkvLM(HFLM):
             )
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        prefixed = [
-            dataclasses.replace(request, arguments=(self.prefix + request.args[0], request.args[1]))
+        return super().loglikelihood(self._prefixed(requests), disable_tqdm=disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return super().generate_until(self._prefixed(requests), disable_tqdm=disable_tqdm)
+
+    def _prefixed(self, requests: list[Any]) -> list[Any]:
+        """The requests, each of a context and something else, with the prefix before the context."""
+        return [
+            dataclasses.replace(request, arguments=(self.prefix + request.args[0], *request.args[1:]))
             for request in requests
         ]
-        return super().loglikelihood(prefixed, disable_tqdm=disable_tqdm)
 
 
 def run_harness(arguments: Sequence[str]) -> None:

@@ -77,13 +77,17 @@ def choose_output(output: Path | None, name: str, *, resume: bool) -> Path:
     return output
 
 
-def check_same_options(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_options(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    expected: str = "--resume needs the options that the run began with",
+) -> None:
     """Raise ValueError if a run that was started with `saved` should continue with other options `now`."""
     different = [
-        f"{name} was {value}, now {now[name]}" for name, value in saved.items() if now[name] != value
+        f"{name} was {value}, now {now.get(name)}" for name, value in saved.items() if now.get(name) != value
     ]
     if different:
-        raise ValueError("--resume needs the options that the run began with; " + ", ".join(different))
+        raise ValueError(f"{expected}; " + ", ".join(different))
 
 
 def read_json(path: Path) -> Any:

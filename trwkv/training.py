@@ -55,7 +55,7 @@ class TrainingResult:
         history: `(step, training loss)` pairs, each loss the mean over the steps since the pair before; also
             those of the runs that this one continued.
         steps: that this call took; fewer than asked for if it continued a run.
-        tokens_per_second: of this call alone, with logging and checkpoints.
+        tokens_per_second: of this call alone, with logging and checkpoints; 0 if it took no step.
         seconds: of this call alone.
         peak_memory_mib: on a GPU, the most that torch had allocated there; on Linux without a GPU, the most
             main memory that the process had; elsewhere None.
@@ -130,17 +130,26 @@ def train(
         callbacks=[watch, *callbacks],
         optimizers=(optimizer, None),
     )
-    checkpoint = _last_checkpoint(folder)
-    with watch.handling_signals():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if watch.stopped:
-        raise TrainingInterrupted(trainer.state.global_step)
+    checkpoint, state = _last_checkpoint(folder)
+    if (
+        checkpoint and state["global_step"] >= steps
+    ):  # stopped after its last step; Trainer would take one more
+        trained = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+        model.load_state_dict(trained.state_dict())
+        model.to(device)  # type: ignore[arg-type]
+        history = state["log_history"]
+    else:
+        with watch.handling_signals():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if watch.stopped:
+            raise TrainingInterrupted(trainer.state.global_step)
+        history = trainer.state.log_history
     shutil.rmtree(folder, ignore_errors=True)
     block_tokens = len(blocks[0]["input_ids"])
     return TrainingResult(
-        history=[(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log],
+        history=[(int(log["step"]), log["loss"]) for log in history if "loss" in log],
         steps=watch.steps,
-        tokens_per_second=watch.steps * batch_size * block_tokens / watch.seconds,
+        tokens_per_second=watch.steps * batch_size * block_tokens / watch.seconds if watch.steps else 0.0,
         seconds=watch.seconds,
         peak_memory_mib=watch.peak_memory_mib,
     )
@@ -232,16 +241,15 @@ def _arguments(
     return args
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`: the Trainer writes `trainer_state.json` last."""
+def _last_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The newest complete checkpoint in `folder`, and its `trainer_state.json`, which the Trainer writes last."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for checkpoint in reversed(checkpoints):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-            return checkpoint
+            return checkpoint, json.loads((checkpoint / "trainer_state.json").read_text())
         except (OSError, ValueError):
             continue
-    return None
+    return None, {}
 
 
 class _Watch(TrainerCallback):

@@ -130,6 +130,23 @@ def shown(study, results, capsys):
     )
 
 
+def test_runs_of_another_configuration_are_not_taken_for_this_one(study, capsys):
+    assert run(study, "--cells", "base") == 0
+    before = read_json(study / "out" / "results.json")
+    for old, new, named in (
+        ("steps: 3,", "steps: 2,", "steps was 3, now 2"),
+        ("blocks: 3", "blocks: 2", "blocks"),
+    ):
+        (study / "tiny.yaml").write_text(CONFIG.replace(old, new))
+        with pytest.raises(SystemExit):
+            run(study)
+        error = capsys.readouterr().err
+        assert "a run of another configuration is there" in error and named in error
+    assert read_json(study / "out" / "results.json") == before
+    (study / "tiny.yaml").write_text(CONFIG + "  learned: [p3]\n")  # more tables, and more cells, are welcome
+    assert run(study, "--cells", "base") == 0
+
+
 def test_two_processes_share_the_work(study, monkeypatch):
     """What another process holds is left to it at first, and waited for at the end."""
     from filelock import FileLock

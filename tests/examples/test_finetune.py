@@ -180,6 +180,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     [
         ({"learning_rat": 1}, "unknown options learning_rat"),
         ({"hidden_size": "wide"}, "invalid int value"),
+        ({"train_parameters": "vector"}, "train_parameters: expected one of vectors, vectors+head, persp"),
         ({"placement": "sideways"}, "placement: expected one of layer, stream; got 'sideways'"),
         ({"base": "missing.pth"}, "missing.pth"),
         ({"train": "missing.txt"}, "missing.txt does not exist"),

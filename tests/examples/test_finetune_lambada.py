@@ -88,7 +88,7 @@ def test_results(finished):
         scores = row["tasks"]["embedded.jsonl"]
         assert scores["n"] == 8 and scores["perplexity"] > 1 and 0 <= scores["acc"] <= 1
     control, temporal = results["rows"][1:]
-    assert control["trained_parameters"] == 2 * 2 * 8  # decay and bonus of two layers
+    assert control["trained_parameters"] == 7 * 2 * 8  # the vectors of two layers
     assert control["added_percent"] == 0
     assert temporal["trained_parameters"] > control["trained_parameters"]
     assert temporal["added_percent"] > 0

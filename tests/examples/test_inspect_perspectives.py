@@ -34,6 +34,12 @@ def test_the_script(placement, tmp_path, monkeypatch, capsys):
     assert ("weights of the last selector" in printed) == (placement == "stream")
 
 
+def test_tokens_are_no_formulas(tmp_path):
+    lives, weights = [torch.ones(2, 4)], [torch.full((2, 2), 0.5)]
+    inspect_perspectives.draw(tmp_path / "x.png", lives, weights, [0.1], ["$$", r"$\frac$"])
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
 def test_one_perspective_is_refused(tmp_path, monkeypatch, capsys):
     TemporalRwkvForCausalLM(
         TemporalRwkvConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1)

@@ -33,6 +33,15 @@ def test_greedy_generation_is_a_full_rerun(kind):
     assert torch.equal(without, expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_are_a_prompt_too(kind):
+    model, tokens = random_model(kind), random_tokens(2, 6)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    expected = model.generate(tokens, attention_mask=mask, **GREEDY)
+    embedded = model.generate(inputs_embeds=model.rwkv.emb(tokens), attention_mask=mask, **GREEDY)
+    assert torch.equal(embedded, expected[:, 6:])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("kind", "use_cache"), [*((kind, True) for kind in KINDS), ("stream", False)])
 def test_a_padded_row_generates_what_it_does_alone(kind, side, use_cache):

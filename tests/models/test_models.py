@@ -194,6 +194,10 @@ def test_wrong_inputs_are_refused():
         model(tokens, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values: expected a state of 2 layers"):
         model(tokens, past_key_values=TemporalRwkvCache(3))
+    before = [x.clone() for x in cache.layers[0].states().values()]
+    with pytest.raises(ValueError, match=r"expected a state of 3 rows.*got one of 2 .*repeat_interleave"):
+        model(random_tokens(3, 5), past_key_values=cache)
+    assert all(torch.equal(x, y) for x, y in zip(before, cache.layers[0].states().values(), strict=True))
 
 
 @torch.no_grad()
@@ -255,6 +259,29 @@ def test_tied_embeddings(tmp_path):
     again = TemporalRwkvForCausalLM.from_pretrained(tmp_path)
     assert again.head.weight is again.rwkv.emb.weight
     assert torch.equal(again.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_model_may_be_of_half_precision(kind, dtype):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(TemporalRwkvConfig(**SIZES, **KINDS[kind]), dtype=dtype)
+    for name, parameter in model.named_parameters():
+        wide = name.endswith(("time_decay", "time_first"))
+        assert parameter.dtype == (torch.float32 if wide else dtype), name
+    torch.manual_seed(0)
+    expected = TemporalRwkvForCausalLM(TemporalRwkvConfig(**SIZES, **KINDS[kind]))
+    torch.testing.assert_close(model.head.weight, expected.head.weight.to(dtype), atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_token_changes_nothing(kind):
+    model, tokens = random_model(kind), random_tokens(2, 5)
+    assert model(tokens[:, :0]).logits.shape == (2, 0, SIZES["vocab_size"])
+    first = model(tokens[:, :3]).past_key_values
+    nothing = model(tokens[:, :0], past_key_values=first)
+    rest = model(tokens[:, 3:], past_key_values=nothing.past_key_values).logits
+    torch.testing.assert_close(rest, model(tokens).logits[:, 3:])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -53,6 +53,7 @@ def test_token_shift():
     assert torch.equal(token_shift(x)[:, 1:], x[:, :-1])
     assert torch.equal(token_shift(x)[:, 0], torch.zeros(B, C, dtype=x.dtype))
     assert torch.equal(token_shift(x, x[:, 3])[:, 0], x[:, 3])
+    assert token_shift(x[:, :0], x[:, 3]).shape == token_shift(x[:, :0]).shape == (B, 0, C)
 
 
 @pytest.mark.parametrize("aggregation", ["selector", "learned", "mean", "fixed"])
@@ -101,10 +102,13 @@ def test_states_continue_a_sequence_at_any_cut(streams):
     time = randomize(TimeMixing(C, A, n_perspectives=P, perspective_vectors=vectors, selector=selector))
     channel = randomize(ChannelMixing(C))
     x = sequence(B, T, P, C) if streams else sequence(B, T, C)
-    for cut in range(1, T):
+    for cut in range(T + 1):
         first = time(x[:, :cut], output_state=True)
+        assert torch.equal(first.shift_state, x[:, cut - 1] if cut else 0 * x[:, 0])
         second = time(x[:, cut:], shift_state=first.shift_state, wkv_state=first.wkv_state)
         assert first.wkv_state.shape == (B, 3, P, A)
+        nothing = time(x[:, :0], shift_state=first.shift_state, wkv_state=first.wkv_state, output_state=True)
+        assert torch.equal(nothing.shift_state, first.shift_state)
         torch.testing.assert_close(torch.cat([first.output, second.output], 1), time(x).output)
         first = channel(x[:, :cut], output_state=True)
         second = channel(x[:, cut:], shift_state=first.shift_state)
@@ -154,6 +158,10 @@ def test_selector_starts_close_to_the_mean():
         ({"fixed_weights": [1, 0, 0]}, "fixed_weights: expected with aggregation 'fixed' and only then"),
         ({"aggregation": "fixed", "fixed_weights": [0.5, 0.5]}, "expected 3 numbers that sum to 1"),
         ({"aggregation": "fixed", "fixed_weights": [0.5, 0.5, 0.5]}, "expected 3 numbers that sum to 1"),
+        (
+            {"aggregation": "fixed", "fixed_weights": [float("nan"), 0.5, 0.5]},
+            "expected 3 numbers that sum to 1",
+        ),
     ],
 )
 def test_wrong_selectors(options, message):

@@ -57,7 +57,7 @@ class TemporalRwkvCacheLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Places seen, padding included."""
-        return 0 if self.counts is None else int(self.counts[0, 0])
+        return 0 if self.counts is None or not len(self.counts) else int(self.counts[0, 0])
 
     def get_max_length(self) -> int:
         """-1: there is no longest sequence."""
@@ -153,6 +153,12 @@ class TemporalRwkvCache(Cache):
         return self.static
 
     @property
+    def n_rows(self) -> int | None:
+        """Rows; None before the first call."""
+        counts = self.layers[0].counts
+        return None if counts is None else counts.shape[0]
+
+    @property
     def started(self) -> Tensor | None:
         """[B] bool, the rows that have seen a token: padding must come before. None: no row has."""
         counts = self.layers[0].counts
@@ -213,6 +219,6 @@ class TemporalRwkvCache(Cache):
             layer.update(counts=counts)
 
     def nbytes(self) -> int:
-        """Bytes of memory the states keep alive."""
+        """Bytes of memory the states keep alive (without `counts`, 16 bytes a row, and what `crop` needs)."""
         states = [getattr(layer, name) for layer in self.layers for name in _STATES]
         return sum(x.untyped_storage().nbytes() for x in states if x is not None)

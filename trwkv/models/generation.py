@@ -46,7 +46,9 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
         if generation_config.is_assistant:  # its drafts are taken back where they fail
             model_kwargs["past_key_values"].activate_past_recording()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Hugging Face's own, which forgets to ask whether there is a new token at all.
 
         Raises:
@@ -59,7 +61,7 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
                 "past_key_values has seen, or the new ones alone with an attention_mask as long as all; got "
                 f"{input_ids.shape[1]}"
             )
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore
         inputs.pop("cache_position", None)  # transformers 5.0 counts for everyone
         return inputs
 

@@ -44,7 +44,10 @@ class TemporalRwkvPreTrainedModel(PreTrainedModel):
         if isinstance(module, TimeMixing | ChannelMixing):
             for parameter, value in module.initial_values():
                 init.copy_(parameter, value)
-        elif isinstance(module, RwkvLinear | SelectorLinear | PerspectiveSelector | nn.LayerNorm):
+        elif isinstance(module, RwkvLinear):
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                module.reset_parameters()
+        elif isinstance(module, SelectorLinear | PerspectiveSelector | nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -self.config.initializer_range, self.config.initializer_range)
@@ -95,7 +98,7 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
 
         Raises:
             TypeError: `past_key_values` of another model's kind.
-            ValueError: neither or both inputs, a mask that does not fit, padding after a cached token.
+            ValueError: neither or both inputs, a mask or a cache that does not fit, padding after a cached token.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them; got both or neither")
@@ -103,9 +106,14 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache, cache = self._choose_cache(use_cache, past_key_values)
-        if cache is not None:
-            self.replay(cache)
         B, T = x.shape[:2]
+        if cache is not None:
+            if cache.n_rows not in (None, B):
+                raise ValueError(
+                    f"past_key_values: expected a state of {B} rows, as the input has; got one of {cache.n_rows} "
+                    "(see its batch_repeat_interleave and batch_select_indices)"
+                )
+            self.replay(cache)
         mask, places = token_mask(attention_mask, B, T, past_key_values), None
         if mask is not None:
             order, places = padding_first(mask), last_token_place(mask)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trwkv.modules.linear import RwkvLinear
 from trwkv.modules.time_mixing import perspective_rows, vector_shape
-from trwkv.modules.token_shift import absent, time_mix, token_shift
+from trwkv.modules.token_shift import absent, last_token, time_mix, token_shift
 
 CHANNEL_VECTORS = ("channel_mix_k", "channel_mix_r")
 
@@ -103,7 +103,7 @@ class ChannelMixing(nn.Module):
         delta = x - shifted
         k = torch.relu(self.key(time_mix(shifted, delta, self.time_mix_k))).square()
         r = torch.sigmoid(self.receptance(time_mix(shifted, delta, self.time_mix_r)))
-        return ChannelMixingOutput(r * self.value(k), x[:, -1].clone() if output_state else None)
+        return ChannelMixingOutput(r * self.value(k), last_token(x, shift_state) if output_state else None)
 
     def extra_repr(self) -> str:
         return f"n_perspectives={self.n_perspectives}, perspective_vectors={self.perspective_vectors}"

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import nn
 
 
@@ -21,7 +22,12 @@ class RwkvLinear(nn.Linear):
             nn.init.zeros_(self.weight)
         else:
             gain = math.sqrt(max(self.out_features / self.in_features, 1))
-            nn.init.orthogonal_(self.weight, gain=self.scale * gain)
+            if self.weight.dtype in (torch.float16, torch.bfloat16):  # there is no QR in them
+                wide = torch.empty_like(self.weight, dtype=torch.float32)
+                with torch.no_grad():
+                    self.weight.copy_(nn.init.orthogonal_(wide, gain=self.scale * gain))
+            else:
+                nn.init.orthogonal_(self.weight, gain=self.scale * gain)
 
 
 class SelectorLinear(nn.Linear):

@@ -94,7 +94,7 @@ def check_aggregation(aggregation: str, fixed_weights: Sequence[float] | None, n
             f"got {fixed_weights!r} with {aggregation!r}"
         )
     if fixed_weights is not None and (
-        len(fixed_weights) != n_perspectives or abs(sum(fixed_weights) - 1) > 1e-6
+        len(fixed_weights) != n_perspectives or not abs(sum(fixed_weights) - 1) <= 1e-6
     ):
         raise ValueError(
             f"fixed_weights: expected {n_perspectives} numbers that sum to 1; got {list(fixed_weights)}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trwkv.modules.linear import RwkvLinear
 from trwkv.modules.perspective_selector import PerspectiveSelector, merge_perspectives
-from trwkv.modules.token_shift import absent, time_mix, token_shift
+from trwkv.modules.token_shift import absent, last_token, time_mix, token_shift
 from trwkv.ops import multi_perspective_wkv
 
 TIME_VECTORS = ("time_decay", "time_first", "time_mix_k", "time_mix_v", "time_mix_r")
@@ -93,7 +93,10 @@ class TimeMixing(nn.Module):
         for name in TIME_VECTORS:
             channels = hidden_size if name.startswith("time_mix") else attention_hidden_size
             shape = vector_shape(channels, n_perspectives, name in perspective_vectors)
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            dtype = torch.get_default_dtype()
+            if name in ("time_decay", "time_first"):  # whatever the type of the rest
+                dtype = torch.promote_types(dtype, torch.float32)
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
         self.key = RwkvLinear(hidden_size, attention_hidden_size, scale=0)
         self.value = RwkvLinear(hidden_size, attention_hidden_size)
         self.receptance = RwkvLinear(hidden_size, attention_hidden_size, scale=0)
@@ -169,8 +172,7 @@ class TimeMixing(nn.Module):
                 z if z.ndim == 4 else z.unsqueeze(2).expand(-1, -1, self.n_perspectives, -1) for z in (k, v)
             )
         y, wkv_state = self._wkv(k, v, r, x, wkv_state, output_state)
-        # cloned: a view would keep the whole sequence alive
-        shift_state = x[:, -1].clone() if output_state else None
+        shift_state = last_token(x, shift_state) if output_state else None
         return TimeMixingOutput(self.output(y), shift_state, wkv_state)
 
     def _wkv(

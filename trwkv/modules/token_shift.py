@@ -15,7 +15,14 @@ def token_shift(x: Tensor, previous: Tensor | None = None) -> Tensor:
         A tensor of x's shape and dtype.
     """
     first = torch.zeros_like(x[:, :1]) if previous is None else previous.unsqueeze(1).to(x.dtype)
-    return torch.cat([first, x[:, :-1]], dim=1)
+    return torch.cat([first, x[:, :-1]], dim=1)[:, : x.shape[1]]  # of no token: none
+
+
+def last_token(x: Tensor, previous: Tensor | None = None) -> Tensor:
+    """What `token_shift` of the next tokens takes for `previous`: the last of x, or `previous` where x has none."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0], *x.shape[2:]) if previous is None else previous
+    return x[:, -1].clone()  # a view would keep the whole sequence alive
 
 
 def time_mix(shifted: Tensor, delta: Tensor, mix: Tensor) -> Tensor:
