@@ -101,7 +101,7 @@ def _settings_row(results: Results, cell: str) -> dict[str, Any]:
         "sequences": settings["batch_size"],
         "of tokens": settings["context_length"],
         "learning rate": settings["learning_rate"],
-        "of vectors and selectors": settings["vector_learning_rate"],
+        "that of the vectors": settings["vector_learning_rate"],
         "steps x rate": settings["steps"] * (settings["vector_learning_rate"] or settings["learning_rate"]),
     }
 

@@ -2,7 +2,7 @@
 
     python benchmarks/static_report.py   # P = 1 to 4, sm_80 and sm_90; minutes
     python benchmarks/static_report.py --perspectives 1 --capabilities 90 --dtypes bfloat16
-    python benchmarks/static_report.py --json FILE --check        # exit code 1 on a spill or above the budget
+    python benchmarks/static_report.py --json FILE --check   # exit code 1 on a spill, a narrow load, too many instructions
 
 An element is one token of one channel. A tile's loop is found in the machine code by the exponentials unrolled in it;
 its path around the exact branch (which holds a loop of its own) is counted. The prediction for an H200 (132 SMs, 1.98
@@ -70,6 +70,8 @@ def row(name: str, launch: Launch, P: int, dtype: str, capability: int) -> dict[
         "special_per_element": total.count("MUFU", "F2I", "FRND", "I2F") / elements,
         "fma_per_element": total.count("FFMA", "FMUL", "FADD") / elements,
         "loads_per_element": total.count("LDG") / elements, "stores_per_element": total.count("STG") / elements,
+        "narrowest_load": total.narrowest("LDG"), "narrowest_store": total.narrowest("STG"),
+        "contiguous_bytes": channels // 32 * size,  # of a token, in one lane
         "budget": INSTRUCTION_BUDGET.get((name, P)),
         "ps_issue": issue, "ps_special": special, "ps_memory": memory, "ps_floor": max(issue, special, memory),
     }  # fmt: skip
@@ -85,6 +87,12 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
         expected = 1 if r["kernel"] == "forward" else 2  # the backward walks each tile forwards, then back
         if r["loops"] != expected:
             found.append(f"{label}: expected {expected} tile loops; found {r['loops']}")
+        for what in ("load", "store"):
+            width = r[f"narrowest_{what}"]
+            if width is None or width < min(16, r["contiguous_bytes"]):
+                found.append(
+                    f"{label}: a {what} of {width} bytes, where a lane has {r['contiguous_bytes']} side by side"
+                )
         if r["budget"] is not None and r["instructions_per_element"] > r["budget"]:
             found.append(f"{label}: {r['instructions_per_element']:.1f} instructions, budget {r['budget']}")
     return found
@@ -103,6 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "fma",
         "loads",
         "stores",
+        "bytes",
     )
     names += ("budget", "issue ps", "special ps", "memory ps", "floor ps")
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
@@ -111,6 +120,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {r['kernel']} | {r['P']} | {r['dtype']} | {r['sm']} | {r['block'][0]}x{r['block'][1]} "
             f"| {r['registers']} | {r['instructions_per_element']:.1f} | {r['special_per_element']:.2f} "
             f"| {r['fma_per_element']:.1f} | {r['loads_per_element']:.2f} | {r['stores_per_element']:.2f} "
+            f"| {r['narrowest_load']}, {r['narrowest_store']} "
             f"| {r['budget'] or ''} | {r['ps_issue']:.2f} | {r['ps_special']:.2f} | {r['ps_memory']:.2f} "
             f"| {r['ps_floor']:.2f} |"
         )
@@ -125,7 +135,11 @@ def main() -> None:
     parser.add_argument("--capabilities", default="80,90", help="comma-separated (default: %(default)s)")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="comma-separated (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--check", action="store_true", help="exit code 1 on a spill or above the budget")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit code 1 on a spill, a narrow load, too much",
+    )
     options = parser.parse_args()
     rows = []
     for P in map(int, options.perspectives.split(",")):
@@ -140,7 +154,7 @@ def main() -> None:
             json.dumps({"environment": environment("cpu"), "rows": rows}, indent=1) + "\n"
         )
     found = problems(rows)
-    print("\n".join(found) if found else "no spill, nothing above its budget")
+    print("\n".join(found) if found else "no spill, no narrow load or store, nothing above its budget")
     sys.exit(bool(found) and options.check)
 
 

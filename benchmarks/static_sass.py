@@ -10,6 +10,14 @@ from typing import Any
 from trwkv.ops._compile import _tool
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+_WIDTHS = {
+    "U8": 1,
+    "S8": 1,
+    "U16": 2,
+    "S16": 2,
+    "64": 8,
+    "128": 16,
+}  # bytes of a lane; without one of these: 4
 _TARGET = re.compile(r"\((\.L_\w+)\)")
 
 
@@ -23,6 +31,15 @@ class FastPath:
     def count(self, *names: str) -> int:
         """How many begin with one of these names."""
         return sum(n for opcode, n in self.opcodes.items() if opcode.split(".")[0] in names)
+
+    def narrowest(self, name: str) -> int | None:
+        """Bytes that one lane moves by the narrowest of the loads or stores with this name; None: there is none."""
+        widths = [
+            next((_WIDTHS[x] for x in opcode.split(".") if x in _WIDTHS), 4)
+            for opcode in self.opcodes
+            if opcode.split(".")[0] == name
+        ]
+        return min(widths, default=None)
 
     def __add__(self, other: "FastPath") -> "FastPath":
         opcodes = Counter(self.opcodes) + Counter(other.opcodes)

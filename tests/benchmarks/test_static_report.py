@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from static_sass import fast_paths
+from static_sass import FastPath, fast_paths
 
 REPORT = Path(__file__).parents[2] / "benchmarks" / "static_report.py"
 
@@ -42,9 +42,13 @@ def test_what_is_objected_to() -> None:
     code = """
 import static_report
 right = {"kernel": "forward", "P": 1, "dtype": "bfloat16", "sm": 90, "spill_bytes": 0, "loops": 1,
-         "instructions_per_element": 30.0, "budget": 32.0}
+         "instructions_per_element": 30.0, "budget": 32.0,
+         "narrowest_load": 4, "narrowest_store": 8, "contiguous_bytes": 4}
 assert static_report.problems([right]) == []
-for change in {"spill_bytes": 8}, {"loops": 0}, {"instructions_per_element": 33.0}, {"kernel": "backward"}:
+for change in (
+    {"spill_bytes": 8}, {"loops": 0}, {"instructions_per_element": 33.0}, {"kernel": "backward"},
+    {"narrowest_load": 2}, {"narrowest_store": 2}, {"narrowest_store": None},
+):
     found = static_report.problems([right, right | change])
     assert len(found) == 1 and "P = 1 bfloat16 sm_90" in found[0], (change, found)
 """
@@ -86,3 +90,6 @@ def test_the_fast_path_is_followed() -> None:
         0,
     )
     assert fast_paths(LISTING, exponentials=3) == []
+    assert [path.narrowest(x) for x in ("LDG", "STG", "LDS")] == [4, 4, None]
+    wide = FastPath({"LDG.E.128.CONSTANT": 2, "LDG.E.64": 1, "STG.E.U16": 1, "STG.E": 3}, 7)
+    assert [wide.narrowest(x) for x in ("LDG", "STG")] == [8, 2]
