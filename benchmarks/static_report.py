@@ -2,7 +2,7 @@
 
     python benchmarks/static_report.py   # P = 1 to 4, sm_80 and sm_90; minutes
     python benchmarks/static_report.py --perspectives 1 --capabilities 90 --dtypes bfloat16
-    python benchmarks/static_report.py --json FILE --check   # exit code 1 on a spill, a narrow load, too many instructions
+    python benchmarks/static_report.py --json FILE --check   # exit code 1 on a spill, a narrow load, too much
 
 An element is one token of one channel. A tile's loop is found in the machine code by the exponentials unrolled in it;
 its path around the exact branch (which holds a loop of its own) is counted. The prediction for an H200 (132 SMs, 1.98
