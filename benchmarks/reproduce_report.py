@@ -205,8 +205,9 @@ def _draw_diversity(results: Results, pyplot: Any) -> Any:
             runs = [run["diversity"] for run in results["runs"] if run["cell"] == cell]
             steps = [row["step"] for row in runs[0]]
             mean = np.mean([[row[measure] for row in run] for run in runs], axis=0)
+            mean[mean == 0] = np.nan  # before the first noise or step
             axes.plot(steps, mean, marker=".", color=f"C{i % 10}", ls="-" if i < 10 else "--", label=cell)
-        axes.set(xlabel="step of fine-tuning", title=title)
+        axes.set(xlabel="step of training", title=title)
         axes.grid(alpha=0.3)
     panels[0].set_yscale("log")
     panels[1].set_yscale("log")
@@ -218,6 +219,9 @@ def _draw_positions(results: Results, pyplot: Any) -> Any:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     names = list(results["runs"][0]["by_position"])
     cells = [cell for cell in results["tables"]["positions"] if was_run(results, cell)]
+    cells = [
+        cell for cell in cells if results["cells"][cell]["start"] == "upcycled"
+    ]  # others differ far more
     shown = 0
     for cell in cells:
         found = [difference(results, cell, "by_position", name) for name in names]

@@ -4,7 +4,7 @@
 
 needs no argument, no network and a few minutes on two CPU cores. It trains a small RWKV-4 on generated passages
 whose last word only an early sentence tells; then, on longer passages, where the base forgets that word, it
-fine-tunes the perspectives of P = 1 (the control: the same base, trained equally long) and P = 3, and compares
+fine-tunes the vectors of P = 1 (the control: the same base, trained equally long) and P = 3, and compares
 them. With a real base, text and tasks:
 
     python examples/finetune_lambada.py --base RWKV/rwkv-4-169m-pile \\
