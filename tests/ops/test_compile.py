@@ -83,8 +83,9 @@ SLOW = [
 ]
 
 
-SPILL_BUDGET = 256
-"""Bytes that kernels for P > 6 may spill: the backward's 8 states, adjoints and parameters exceed 255 registers."""
+SPILL_BUDGET = 288
+"""Bytes that kernels for P > 6 may spill: the backward's 8 states, adjoints and parameters exceed 255 registers.
+Tiles of two tokens spilled up to 248 bytes, but went to them twice as often (docs/performance.md)."""
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=str)
