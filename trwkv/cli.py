@@ -1,6 +1,6 @@
 """`trwkv`: convert, evaluate and run checkpoints from the command line.
 
-    trwkv convert RWKV-4-Pile-169M.pth three-perspectives --perspectives 3 --noise 0.1 --tokenizer 20B_tokenizer.json
+    trwkv convert RWKV-4-Pile-169M.pth three-perspectives --perspectives 3 --tokenizer 20B_tokenizer.json
     trwkv eval --model three-perspectives --tasks lambada_openai,sciq
     trwkv generate --model three-perspectives --prompt "Once upon a time"
     trwkv lm-eval --model trwkv --model_args pretrained=three-perspectives --tasks sciq --num_fewshot 5

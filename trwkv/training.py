@@ -131,9 +131,7 @@ def train(
         optimizers=(optimizer, None),
     )
     checkpoint, state = _last_checkpoint(folder)
-    if (
-        checkpoint and state["global_step"] >= steps
-    ):  # stopped after its last step; Trainer would take one more
+    if checkpoint and state["global_step"] >= steps:  # Trainer would take one more
         trained = type(model).from_pretrained(checkpoint, dtype=model.dtype)
         model.load_state_dict(trained.state_dict())
         model.to(device)  # type: ignore[arg-type]

@@ -357,9 +357,8 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
     ) -> "TemporalRwkvForCausalLM":
         """Let only `vector_parameters()` train. Returns self.
 
-        This is the paper's recipe, in which every vector that trains belongs to a perspective, also for perspectives
-        that share some: those train as well, for they are where most of the gain was (docs/reproduction.md), they are
-        few, and they cost nothing in inference.
+        The paper's recipe, in which perspectives share no vector. Where they do, the shared ones train as well: they
+        brought most of the gain (docs/reproduction.md), are few, and cost nothing in inference.
 
         Args:
             train_head: the head, too.
