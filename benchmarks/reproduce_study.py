@@ -16,6 +16,7 @@ from filelock import FileLock
 from transformers import TrainerCallback, set_seed
 
 import reproduce_measures as measures
+from throughput_run import commit
 from trwkv.data import TokenBlocks, load_tokenizer, token_blocks
 from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
 from trwkv.runs import check_same_options, read_json, write_json
@@ -256,7 +257,8 @@ class Runner:
         if cell.name == cell.base:
             model.to_rwkv4(place / "base.pth")
         parameters = {"total": count.total, "added": count.added, "trained": count.trainable}
-        write_json(place / "training.json", {"parameters": parameters, "training": asdict(result)})
+        row = {"commit": commit(), "parameters": parameters, "training": asdict(result)}
+        write_json(place / "training.json", row)
 
     def _start(self, cell: Cell, seed: int) -> TemporalRwkvForCausalLM:
         """The model of a cell before its training."""

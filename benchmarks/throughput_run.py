@@ -55,7 +55,7 @@ class Benchmark:
         kept = ("device", "seconds", "max_call_seconds")
         here = {
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-            "commit": _commit(),
+            "commit": commit(),
             "environment": environment(self.options.device),
             "options": {name: getattr(self.options, name) for name in kept},
             "load_average_before": _load_average(),
@@ -318,7 +318,7 @@ def _load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that ran, marked "-dirty" if what was measured differs from it; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:

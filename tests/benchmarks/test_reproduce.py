@@ -99,6 +99,7 @@ def test_a_study(study, capsys, monkeypatch):
     assert run(study) == 0
     results = read_json(study / "out" / "results.json")
     assert len(results["runs"]) == 8
+    assert all(re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", run["commit"]) for run in results["runs"])
     assert set(results["cost"]) == {"base", "p1", "p3", "stream"}
     assert [row["step"] for row in results["runs"][1]["diversity"]] == [1, 2, 3, 4]
     # the base of a seed is what its cells start from

@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_where_it_was(choose, tmp_path, monkeypatch):
     calls.clear()
     assert throughput.main([*arguments, "--resume"]) == 0
     assert json.loads(path.read_text())["rows"] == after["rows"] and not calls
-    monkeypatch.setattr(throughput_run, "_commit", lambda: "another")
+    monkeypatch.setattr(throughput_run, "commit", lambda: "another")
     with pytest.raises(SystemExit, match="has another commit"):
         throughput.main([*arguments, "--resume"])
 
