@@ -1,6 +1,8 @@
 """The `trwkv` command: what it writes is read again, what it prints is true, and wrong input is said in a line."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -98,6 +100,13 @@ def test_a_hub_id_brings_its_tokenizer(folder, tmp_path, monkeypatch) -> None:
     cli.main(["convert", "someone/rwkv4", str(tmp_path / "ours")])
     assert asked == [("someone/rwkv4", list(cli.TOKENIZER_FILES))]
     assert load_tokenizer(str(tmp_path / "ours")).eos_token_id is not None
+
+
+def test_generate_warns_of_nothing(folder) -> None:
+    command = [sys.executable, "-m", "trwkv.cli", "generate", "--model", str(folder), "--prompt", "a"]
+    done = subprocess.run([*command, "--max-new-tokens", "2"], capture_output=True, text=True, check=True)
+    assert "You are using a model of type" not in done.stderr
+    assert "2 tokens in" in done.stderr
 
 
 def test_generate(folder, capsys) -> None:

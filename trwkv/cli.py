@@ -198,6 +198,7 @@ def _harness(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from transformers import TextStreamer, set_seed
 
+    import trwkv.models  # noqa: F401  AutoTokenizer looks at the model's configuration, and should know it
     from trwkv.data import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer or options.model)
