@@ -3,7 +3,7 @@
 import pytest
 
 from tests.contracts.support import case_of, everywhere, hold
-from trwkv.testing import CONTRACTS, Implementation
+from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Implementation, wkv_case
 
 
 @everywhere("causality")
@@ -21,3 +21,12 @@ def test_every_cut(implementation: Implementation, k_range: float, reverse: bool
     )
     for cut in range(1, T):
         CONTRACTS["causality"](implementation, case, at=cut - 1)
+
+
+@pytest.mark.parametrize("name", ["wkv/triton-recurrent", "wkv/triton-chunk"])
+@pytest.mark.parametrize(("P", "k_range"), [(1, 4.0), (2, 60.0)])
+def test_a_tile_rounds_alike_on_its_fast_and_its_exact_path(name: str, P: int, k_range: float) -> None:
+    """Later tokens decide which path a tile takes. Found by fuzzing: u's gradient had other bits."""
+    case = wkv_case(B=1, T=4, P=P, C=16, k_range=k_range, final_gradient=False)
+    for at in range(3):
+        CONTRACTS["causality"](IMPLEMENTATIONS[name], case, at=at)

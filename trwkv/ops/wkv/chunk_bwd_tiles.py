@@ -177,7 +177,11 @@ def exact_token_bwd(
     a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, k_exponent, v, grad_y, g,
     decay, decay_exponent, bonus, bonus_exponent, P: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
-    """One token back, whatever the exponents: no factor 2^n below has n > 1."""
+    """One token back, whatever the exponents: no factor 2^n below has n > 1.
+
+    dw and du are the tile's, without the factors of decay and bonus, and every rounding is that of the fast path: later
+    tokens have a say in which of the two a tile takes.
+    """
     from_num = tl.zeros_like(e)
     from_den = tl.zeros_like(e)
     y = ()
@@ -195,14 +199,16 @@ def exact_token_bwd(
         y += (num * inverse,)
         grad_num = grad_y[p] * inverse
         grad_den = negative(grad_num) * y[p]
-        own = bonus[p] * pow2(k_exponent + bonus_exponent[p] - top)
+        own_scale = pow2(k_exponent + bonus_exponent[p] - top)
+        own = bonus[p] * own_scale
         later = pow2(k_exponent - O[p])
         from_num += tl.fma(own, grad_num, later * a[p])
         from_den += tl.fma(own, grad_den, later * b[p])
-        du_next += (tl.fma(own * e, tl.fma(v, grad_num, grad_den), du[p]),)
+        own_e = e * own_scale
+        du_next += (tl.fma(own_e * v, grad_num, tl.fma(own_e, grad_den, du[p])),)
         dweights_next += (tl.fma(g, y[p], dweights[p]),)
-        kept = decay[p] * pow2(A_exponent[p] + decay_exponent[p] - O[p])
-        dw_next += (tl.fma(kept, tl.fma(a[p], A[p], b[p] * B[p]), dw[p]),)
+        scale = pow2(A_exponent[p] + decay_exponent[p] - O[p])
+        dw_next += (tl.fma(scale * a[p], A[p], tl.fma(scale * b[p], B[p], dw[p])),)
         # An empty state has no exponent of its own: take the largest that keeps both factors below within 1.
         before = tl.where(A_exponent[p] == EMPTY, tl.minimum(top, O[p] - decay_exponent[p]), A_exponent[p])
         now = pow2(before - top)
@@ -231,6 +237,11 @@ def exact_tile_bwd(
     b_end = b
     O_end = O
     joined = rest
+    dw_tile = ()
+    du_tile = ()
+    for p in tl.static_range(P):
+        dw_tile += (tl.zeros_like(a[p]),)
+        du_tile += (tl.zeros_like(a[p]),)
     for i in range(steps):
         at = steps - 1 - i
         A = A0
@@ -255,8 +266,8 @@ def exact_tile_bwd(
         e, exponent = split_k(load_row(k + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
         grad_y, g = load_grad_y(grad_output, weights, of_channels, row + at * STEP, c, C, P, BLOCK_C, WEIGHTS)
-        a, b, O, joined, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
-            a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
+        a, b, O, joined, dw_tile, du_tile, dweights, from_num, from_den, rows_y = exact_token_bwd(
+            a, b, O, joined, dw_tile, du_tile, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
             decay, decay_exponent, bonus, bonus_exponent, P, APPROX,
         )  # fmt: skip
         if GRADS:
@@ -264,6 +275,13 @@ def exact_tile_bwd(
                 grad_k, grad_v, grad_weights, row + at * STEP, c, e, i_v, from_num, from_den, g, rows_y,
                 C, P, BLOCK_C, WEIGHTS,
             )  # fmt: skip
+    dw_next = ()
+    du_next = ()
+    for p in tl.static_range(P):
+        dw_next += (tl.fma(decay[p], dw_tile[p], dw[p]),)
+        du_next += (tl.fma(bonus[p], du_tile[p], du[p]),)
+    dw = dw_next
+    du = du_next
     if steps == BLOCK_T:
         a_begin = ()
         b_begin = ()
