@@ -83,9 +83,9 @@ SLOW = [
 ]
 
 
-SPILL_BUDGET = 288
+SPILL_BUDGET = 352
 """Bytes that kernels for P > 6 may spill: the backward's 8 states, adjoints and parameters exceed 255 registers.
-Tiles of two tokens spilled up to 248 bytes, but went to them twice as often (docs/performance.md)."""
+Up to 312 were counted; tiles of two tokens spilled less and went to them twice as often (docs/performance.md)."""
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=str)
