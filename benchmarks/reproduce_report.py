@@ -64,8 +64,13 @@ def table(results: Results, name: str) -> str:
     cells = [cell for cell in results["tables"][name] if was_run(results, cell)]
     if not cells:
         return "(not run yet)"
-    kinds = {"settings": _settings_row, "positions": _position_row, "diversity": _diversity_row}
-    row = (kinds | {"brief": _brief_row}).get(name, _row)
+    kinds = {
+        "settings": _settings_row,
+        "brief": _brief_row,
+        "positions": _position_row,
+        "diversity": _diversity_row,
+    }
+    row = kinds.get(name, _row)
     rows = [row(results, cell) for cell in cells]
     return format_table(list(rows[0]), [[row.get(column) for column in rows[0]] for row in rows])
 
@@ -218,10 +223,11 @@ def _draw_diversity(results: Results, pyplot: Any) -> Any:
 def _draw_positions(results: Results, pyplot: Any) -> Any:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     names = list(results["runs"][0]["by_position"])
-    cells = [cell for cell in results["tables"]["positions"] if was_run(results, cell)]
     cells = [
-        cell for cell in cells if results["cells"][cell]["start"] == "upcycled"
-    ]  # others differ far more
+        cell
+        for cell in results["tables"]["positions"]
+        if was_run(results, cell) and results["cells"][cell]["start"] == "upcycled"  # others differ far more
+    ]
     shown = 0
     for cell in cells:
         found = [difference(results, cell, "by_position", name) for name in names]

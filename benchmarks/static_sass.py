@@ -10,14 +10,8 @@ from typing import Any
 from trwkv.ops._compile import _tool
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
-_WIDTHS = {
-    "U8": 1,
-    "S8": 1,
-    "U16": 2,
-    "S16": 2,
-    "64": 8,
-    "128": 16,
-}  # bytes of a lane; without one of these: 4
+# Bytes that a lane moves, by modifier; without one of these 4.
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 _TARGET = re.compile(r"\((\.L_\w+)\)")
 
 

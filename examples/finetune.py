@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from trwkv.adapters import PerspectiveCheckpoints, save_perspectives
 from trwkv.cli import load_model
-from trwkv.data import TokenBlocks, check_train_source, load_tokenizer, token_blocks
+from trwkv.data import TokenBlocks, load_tokenizer, token_blocks
 from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
 from trwkv.training import parameter_groups
 
@@ -129,8 +129,8 @@ def make_model(options: ModelArguments, data: DataArguments, vocab_size: int) ->
             f"tokenizer: expected at most the base's {model.config.vocab_size} tokens; got {vocab_size}"
         )
     if options.train_parameters != "all":
-        what, _, head = options.train_parameters.partition("+")
-        model.freeze_base(train_head=head == "head", train_vectors=what == "vectors")
+        which = options.train_parameters
+        model.freeze_base(train_head=which.endswith("+head"), train_vectors=which.startswith("vectors"))
     return model
 
 
@@ -159,7 +159,6 @@ def with_lora(model: TemporalRwkvForCausalLM, options: ModelArguments) -> Any:
 
 
 def read_blocks(data: DataArguments, tokenizer: Any, seed: int) -> tuple[TokenBlocks, TokenBlocks]:
-    check_train_source(data.train)
     settings = {"context_length": data.context_length, "max_tokens": data.max_tokens}
     blocks = token_blocks(data.train, tokenizer, **settings, seed=seed)
     return blocks.split(data.held_out_blocks, seed=seed)

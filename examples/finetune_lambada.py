@@ -299,8 +299,8 @@ def finetune(run: Run, source: str, n_perspectives: int) -> dict[str, Any]:
         settings = perspective_settings(options, n_perspectives)
         model = TemporalRwkvForCausalLM.from_rwkv4(source, dtype="float32", **settings)
         if options.train_parameters != "all":
-            what, _, head = options.train_parameters.partition("+")
-            model.freeze_base(train_head=head == "head", train_vectors=what == "vectors")
+            which = options.train_parameters
+            model.freeze_base(train_head=which.endswith("+head"), train_vectors=which.startswith("vectors"))
         count = model.count_parameters()
         print(f"\nP = {n_perspectives}: fine-tuning {count.trainable:,} of {count.total:,} parameters")
         settings = {"steps": options.steps, "learning_rate": options.learning_rate}

@@ -205,9 +205,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(source)
-    if path.is_file() and path.suffix != ".json":
-        raise ValueError(f"tokenizer {source}: expected a tokenizer.json or a folder; got another file")
     if path.is_file():
+        if path.suffix != ".json":
+            raise ValueError(f"tokenizer {source}: expected a tokenizer.json or a folder; got another file")
         try:
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
         except Exception as error:  # tokenizers raises no other
