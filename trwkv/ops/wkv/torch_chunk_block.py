@@ -14,9 +14,12 @@ from torch import Tensor
 CHUNK = 16
 """Tokens per chunk. Fixed: if it depended on the shapes, cutting a sequence would change the rounding."""
 
-BLOCK_ELEMENTS = 1 << 16
-"""Perspectives x batch x chunks x channels worked on by one operation: large enough to hide its cost, small enough
-that what one block needs stays in the cache."""
+BLOCK_ELEMENTS = 1 << 15
+"""Perspectives x batch x chunks x channels worked on by one operation, per thread: large enough to hide its cost, small
+enough that most of what a block needs stays in the thread's cache."""
+
+MAX_BLOCK_THREADS = 8
+"""With more threads blocks, and the memory they need, do not grow further."""
 
 EMPTY_EXP = -1e38
 """Exponent of an empty state: finite, so that no difference of two exponents is NaN."""
@@ -86,6 +89,11 @@ def set_up(w: Tensor, u: Tensor, k: Tensor) -> Problem:
     return Problem(k.shape[0], k.shape[1], w.shape[0], own, dtype, w64, u64, decay, bonus, outside)
 
 
+def block_elements() -> int:
+    """What a block holds, unless one chunk of all rows and channels is more."""
+    return BLOCK_ELEMENTS * min(torch.get_num_threads(), MAX_BLOCK_THREADS)
+
+
 def block_ranges(p: Problem) -> Iterator[tuple[int, int, int]]:
     """(first token, chunks, tokens per chunk) of every block, in order; a last, shorter chunk is its own block.
 
@@ -94,7 +102,7 @@ def block_ranges(p: Problem) -> Iterator[tuple[int, int, int]]:
     if p.batch == 0:
         return
     whole = p.tokens // CHUNK
-    step = max(1, BLOCK_ELEMENTS // (max(1, p.batch) * p.decay.numel()))
+    step = max(1, block_elements() // (max(1, p.batch) * p.decay.numel()))
     for first in range(0, whole, step):
         yield first * CHUNK, min(step, whole - first), CHUNK
     if p.tokens % CHUNK:
@@ -133,12 +141,16 @@ def _first_bad(p: Problem, exps: Tensor, products: Tensor) -> Tensor:
     return bad
 
 
+def _extremes(x: Tensor) -> tuple[float, float]:
+    return x.amin().item(), x.amax().item()  # `aminmax` takes several times as long
+
+
 def _within(exps: Tensor, products: Tensor) -> bool:
-    low, high = (x.item() for x in exps.aminmax())
+    low, high = _extremes(exps)
     limit = math.exp(MAX_LOG)
     if not (low >= 1 / limit and high <= limit):  # also when NaN
         return False
-    low, high = (x.item() for x in products.aminmax())
+    low, high = _extremes(products)
     return -MAX_PRODUCT <= low and high <= MAX_PRODUCT
 
 
@@ -149,7 +161,7 @@ def carried_in(p: Problem, block: Block, exp: Tensor, sums: Tensor) -> tuple[Blo
     """
     scale = torch.exp(exp - block.base.movedim(1, 0).unsqueeze(1))
     carry = (sums * scale.unsqueeze(1)).movedim(0, 3).to(p.dtype, memory_format=torch.contiguous_format)
-    low, high = (x.item() for x in carry.aminmax())
+    low, high = _extremes(carry)
     limit = math.exp(MAX_CARRIED_LOG)
     if block.bad is None and low >= -limit and high <= limit:
         return block, carry
@@ -198,11 +210,13 @@ def unpack_state(p: Problem, initial_state: Tensor | None, w: Tensor) -> tuple[T
 
 def pack_states(p: Problem, exp: Tensor, sums: Tensor) -> Tensor:
     """exp [N, P, B, C], sums [N, 2, P, B, C] -> [N, 3, P, B, C] in the arithmetic's dtype, den near 1."""
-    den = sums[:, 1].abs()
-    near = exp.to(p.dtype) + den.clamp(1e-30, 1e30).to(p.dtype).log()
-    near = torch.where((sums == 0).all(1), EMPTY_EXP, near)
-    scale = torch.exp(exp - near)
-    return torch.cat([sums * scale.unsqueeze(1), near.unsqueeze(1)], dim=1).to(p.dtype)
+    num, den = sums.unbind(1)
+    near = exp.to(p.dtype) + den.abs().clamp_(1e-30, 1e30).to(p.dtype).log_()
+    near.masked_fill_((num == 0) & (den == 0), EMPTY_EXP)
+    packed = near.new_empty(len(near), 3, *near.shape[1:])
+    packed[:, :2] = sums * torch.exp(exp - near).unsqueeze(1)
+    packed[:, 2] = near
+    return packed
 
 
 def columns(
