@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from trwkv import distributed
 from trwkv.distributed import previous_token, sequence_parallel_wkv
-from trwkv.modules.time_mixing import token_shift
+from trwkv.modules import token_shift
 from trwkv.testing import IMPLEMENTATIONS, truth_of, wkv_case
 from trwkv.testing.contracts import assert_same
 from trwkv.testing.wkv import comparable

@@ -15,6 +15,7 @@ from trwkv.ops._tuning import MAX_PERSPECTIVES
 CODE = """
 import json, sys, torch
 from trwkv.ops._compile import record_launches, resources
+from trwkv.ops.token_shift_mix.kernel import token_shift_mix_forward
 from trwkv.ops.wkv import chunk, recurrent
 
 P, capability, dtype, kind, state, packed = json.loads(sys.argv[1])
@@ -32,6 +33,14 @@ with record_launches() as launches:
     chunk.chunk_backward(output, final if state else None, w, w, k, k, weights, initial, cu, packed, saved)
     one = weights[:, :1] if kind == "BTP" else weights
     recurrent.recurrent_forward(w, w, k[:, :1], k[:, :1], one, initial, cu, packed)  # T = 1, as decoding calls it
+    if not packed:
+        receptance = torch.empty(output[:, :1].shape, dtype=dtype)
+        step = recurrent.recurrent_forward(
+            w, w, k[:, :1], k[:, :1], one, initial, None, False, receptance=receptance
+        )
+    mixes = [torch.empty(C), torch.empty(P, C, dtype=dtype), torch.empty(C)]
+    token_shift_mix_forward(k[:, :1], mixes, k[:, 0])  # T = 1
+    token_shift_mix_forward(k, mixes[:2], None)
     # a single chunk, and states
     few = None if kind == "BTP" else weights
     chunk.chunk_forward(w, w, k[:, :64], k[:, :64], few, initial, cu, packed, save=False)
@@ -48,6 +57,7 @@ KERNELS = {
     "wkv_chunk_bwd_kernel",
     "wkv_chunk_bwd_scan_kernel",
     "wkv_recurrent_fwd_kernel",
+    "token_shift_mix_kernel",
 }
 
 
@@ -63,9 +73,8 @@ def compile_all(
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row[0] for row in rows} == KERNELS
-    assert (
-        len(rows) == 9
-    )  # both chunk kernels' walks, without and with results, single chunks, scans, recurrent
+    # both chunk kernels' walks, without and with results, single chunks, scans, states; decoding; both token shifts
+    assert len(rows) == (11 if packed else 12)
     return [(f"{name} {flag}", registers, spilled) for name, flag, registers, spilled in rows]
 
 

@@ -23,6 +23,7 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
             "perspective_noise": config.perspective_noise,
             "layer_index": layer_index,
             "n_layers": config.num_hidden_layers,
+            "backend": config.wkv_backend,
         }
         if layer_index == 0:
             self.ln0 = nn.LayerNorm(size, eps=eps)
@@ -33,7 +34,6 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
             config.attention_hidden_size,
             perspective_vectors=[name for name in config.perspective_vectors if name in TIME_VECTORS],
             selector=new_selector(config) if config.placement == "layer" and P > 1 else None,
-            backend=config.wkv_backend,
             **common,
         )
         self.ffn = ChannelMixing(

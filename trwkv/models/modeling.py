@@ -120,8 +120,8 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             x, mask = reorder(x, order), mask.gather(1, order)
         if cache is not None and cache.recording is not None:
             cache.recording.append(x, mask)
-        *hidden_states, x = self._run_blocks(x, mask, cache, output_hidden_states)
-        x = self.ln_out(x)
+        hidden_states = self._run_blocks(x, mask, cache, output_hidden_states)
+        x = self.ln_out(hidden_states.pop())
         if self.has_streams:
             x = merge_perspectives(x, self.selector(x.mean(dim=2)))
         hidden_states.append(x)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trwkv.modules.linear import RwkvLinear
 from trwkv.modules.time_mixing import perspective_rows, vector_shape
-from trwkv.modules.token_shift import absent, last_token, time_mix, token_shift
+from trwkv.modules.token_shift import absent, last_token, shift_and_mix
 
 CHANNEL_VECTORS = ("channel_mix_k", "channel_mix_r")
 
@@ -36,6 +36,7 @@ class ChannelMixing(nn.Module):
             perspective.
         perspective_noise: as in `TimeMixing`.
         layer_index, n_layers: place in the model, for the initial values.
+        backend: of `trwkv.ops.token_shift_mix`.
     """
 
     time_mix_k: nn.Parameter
@@ -51,6 +52,7 @@ class ChannelMixing(nn.Module):
         perspective_noise: float = 0.0,
         layer_index: int = 0,
         n_layers: int = 1,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         unknown = set(perspective_vectors) - set(CHANNEL_VECTORS)
@@ -63,6 +65,7 @@ class ChannelMixing(nn.Module):
         self.perspective_vectors = tuple(perspective_vectors)
         self.perspective_noise = perspective_noise
         self.layer_index, self.n_layers = layer_index, n_layers
+        self.backend = backend
         for name in CHANNEL_VECTORS:
             shape = vector_shape(hidden_size, n_perspectives, name in perspective_vectors)
             self.register_parameter(name.replace("channel", "time"), nn.Parameter(torch.empty(shape)))
@@ -99,10 +102,10 @@ class ChannelMixing(nn.Module):
         """Mix over channels; arguments as in `TimeMixing.forward`."""
         if mask is not None:
             x = x.masked_fill(absent(mask, x.ndim), 0)
-        shifted = token_shift(x, shift_state)
-        delta = x - shifted
-        k = torch.relu(self.key(time_mix(shifted, delta, self.time_mix_k))).square()
-        r = torch.sigmoid(self.receptance(time_mix(shifted, delta, self.time_mix_r)))
+        mixes = self.time_mix_k, self.time_mix_r
+        for_k, for_r = shift_and_mix(x, mixes, shift_state, self.backend)
+        k = torch.relu(self.key(for_k)).square()
+        r = torch.sigmoid(self.receptance(for_r))
         return ChannelMixingOutput(r * self.value(k), last_token(x, shift_state) if output_state else None)
 
     def extra_repr(self) -> str:

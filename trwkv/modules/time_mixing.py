@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from trwkv.modules.linear import RwkvLinear
 from trwkv.modules.perspective_selector import PerspectiveSelector, merge_perspectives
-from trwkv.modules.token_shift import absent, last_token, time_mix, token_shift
-from trwkv.ops import multi_perspective_wkv
+from trwkv.modules.token_shift import absent, last_token, shift_and_mix
+from trwkv.ops import gated_recurrent_wkv, multi_perspective_wkv
+from trwkv.ops._dispatch import resolve_backend
+from trwkv.ops._library import is_plain_inference
+from trwkv.ops.wkv.autograd import RECURRENT_MAX_T
 
 TIME_VECTORS = ("time_decay", "time_first", "time_mix_k", "time_mix_v", "time_mix_r")
 
@@ -55,7 +58,7 @@ class TimeMixing(nn.Module):
         selector: merges the perspectives; None keeps them apart (or P = 1).
         perspective_noise: see `initial_values`.
         layer_index, n_layers: place in the model, for the initial values.
-        backend: of the op.
+        backend: of the ops.
     """
 
     time_decay: nn.Parameter
@@ -160,11 +163,9 @@ class TimeMixing(nn.Module):
         """
         if mask is not None:
             x = x.masked_fill(absent(mask, x.ndim), 0)
-        shifted = token_shift(x, shift_state)
-        delta = x - shifted
-        k = self.key(time_mix(shifted, delta, self.time_mix_k))
-        v = self.value(time_mix(shifted, delta, self.time_mix_v))
-        r = torch.sigmoid(self.receptance(time_mix(shifted, delta, self.time_mix_r)))
+        mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r
+        for_k, for_v, for_r = shift_and_mix(x, mixes, shift_state, self.backend)
+        k, v, r = self.key(for_k), self.value(for_v), self.receptance(for_r)
         if mask is not None:
             k = k.masked_fill(absent(mask, k.ndim), _MASKED_KEY)
         if k.ndim != v.ndim:
@@ -182,6 +183,13 @@ class TimeMixing(nn.Module):
         w = (-torch.exp(_wide(self.time_decay))).expand(self.n_perspectives, -1)
         u = self.time_first.expand(self.n_perspectives, -1)
         weights = None if self.selector is None else self.selector(x)
+        if self._is_decoding_step(w, u, k, v, r, weights, state):
+            receptance = r.unsqueeze(2) if weights is None and r.ndim == 3 else r
+            y, state = gated_recurrent_wkv(
+                w, u, k, v, receptance, weights=weights, initial_state=state, backend=self.backend
+            )
+            return y.reshape(r.shape), state if output_state else None
+        r = torch.sigmoid(r)
         y, state = multi_perspective_wkv(
             w,
             u,
@@ -195,6 +203,22 @@ class TimeMixing(nn.Module):
         if weights is not None and r.ndim == 4:  # a receptance per perspective: it comes before the merge
             return merge_perspectives(r * y, weights), state
         return r * (y.reshape(r.shape) if weights is None else y), state
+
+    def _is_decoding_step(
+        self,
+        w: Tensor,
+        u: Tensor,
+        k: Tensor,
+        v: Tensor,
+        r: Tensor,
+        weights: Tensor | None,
+        state: Tensor | None,
+    ) -> bool:
+        """Whether one kernel can do all of it: few tokens, no gradient, and no receptance per perspective to merge."""
+        if k.shape[1] > RECURRENT_MAX_T or not is_plain_inference(w, u, k, v, r, weights, state):
+            return False
+        is_merged_after = weights is not None and r.ndim == 4
+        return not is_merged_after and resolve_backend(self.backend, k.device, k.dtype) == "triton"
 
     def extra_repr(self) -> str:
         return f"n_perspectives={self.n_perspectives}, perspective_vectors={self.perspective_vectors}"

@@ -1,21 +1,32 @@
 """Token shift: each token sees itself and the token before it, mixed per channel."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from trwkv.ops._dispatch import resolve_backend
+from trwkv.ops._library import is_plain_inference
+from trwkv.ops.token_shift_mix.api import token_shift_mix_op
+from trwkv.ops.token_shift_mix.plain import time_mix, token_shift, token_shift_mix_plain
 
-def token_shift(x: Tensor, previous: Tensor | None = None) -> Tensor:
-    """The sequence moved one step later: `shifted[:, t] = x[:, t-1]`, `shifted[:, 0] = previous`.
+__all__ = ["absent", "last_token", "shift_and_mix", "time_mix", "token_shift"]
 
-    Args:
-        x: [B, T, ...], any dtype.
-        previous: [B, ...], the token before the first one; None is zeros (the start of a sequence).
 
-    Returns:
-        A tensor of x's shape and dtype.
+def shift_and_mix(
+    x: Tensor, mixes: Sequence[Tensor], previous: Tensor | None, backend: str
+) -> Sequence[Tensor]:
+    """`trwkv.ops.token_shift_mix` for a layer whose backend is `backend`.
+
+    The kernel where that is "triton" and no gradient is wanted; plain PyTorch elsewhere, and in `torch.compile`, which
+    makes one kernel of it and of what is around it.
     """
-    first = torch.zeros_like(x[:, :1]) if previous is None else previous.unsqueeze(1).to(x.dtype)
-    return torch.cat([first, x[:, :-1]], dim=1)[:, : x.shape[1]]  # of no token: none
+    if previous is not None:
+        previous = previous.to(x.dtype)
+    is_kernel_wanted = not torch.compiler.is_compiling() and is_plain_inference(x, *mixes, previous)
+    if is_kernel_wanted and resolve_backend(backend, x.device, x.dtype) == "triton":
+        return token_shift_mix_op(x, mixes, previous)
+    return token_shift_mix_plain(x, mixes, previous)
 
 
 def last_token(x: Tensor, previous: Tensor | None = None) -> Tensor:
@@ -23,24 +34,6 @@ def last_token(x: Tensor, previous: Tensor | None = None) -> Tensor:
     if x.shape[1] == 0:
         return x.new_zeros(x.shape[0], *x.shape[2:]) if previous is None else previous
     return x[:, -1].clone()  # a view would keep the whole sequence alive
-
-
-def time_mix(shifted: Tensor, delta: Tensor, mix: Tensor) -> Tensor:
-    """`mix * x + (1 - mix) * shifted`, written as `shifted + mix * delta` with `delta = x - shifted`.
-
-    RWKV-4 (arXiv 2305.13048), equations 11 to 15. `delta` is computed once for all the mixes of a block.
-
-    Args:
-        shifted: [B, T, C] or [B, T, P, C].
-        delta: x - shifted, same shape.
-        mix: [C], or [P, C] for one mix per perspective.
-
-    Returns:
-        The shape of `shifted`, with a P axis added before C when mix has one and `shifted` has none.
-    """
-    if mix.ndim == 2 and shifted.ndim == 3:
-        shifted, delta = shifted.unsqueeze(2), delta.unsqueeze(2)
-    return torch.addcmul(shifted, mix.to(shifted.dtype), delta)
 
 
 def absent(mask: Tensor, ndim: int) -> Tensor:

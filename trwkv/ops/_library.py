@@ -65,6 +65,11 @@ def is_gradient_needed(*args: Any) -> bool:
     return False
 
 
+def is_plain_inference(*args: Any) -> bool:
+    """Whether an op without a gradient and a batching rule will do for these arguments."""
+    return not is_gradient_needed(*args) and not torch._C._are_functorch_transforms_active()
+
+
 def _slice_by_slice(op: Callable) -> Callable:
     """Batching rule for `torch.func.vmap`: the op once per slice, whichever arguments are mapped."""
 

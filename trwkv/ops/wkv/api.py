@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from trwkv.ops._dispatch import resolve_backend
-from trwkv.ops._library import is_gradient_needed
 from trwkv.ops._validate import (
     require_cu_seqlens,
     require_flag,
@@ -17,7 +16,6 @@ from trwkv.ops._validate import (
 )
 from trwkv.ops.wkv import reference
 from trwkv.ops.wkv.autograd import wkv
-from trwkv.ops.wkv.in_place import wkv_recurrent_
 from trwkv.ops.wkv.states import merge_states
 from trwkv.ops.wkv.states import wkv_states as wkv_states_op
 
@@ -147,52 +145,6 @@ def recurrent_wkv(
     )
 
 
-def recurrent_wkv_(
-    state: Tensor,
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    weights: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """`recurrent_wkv` that replaces its state: returns the output, and `state` then holds the final state.
-
-    On "triton" it is one launch that allocates nothing but the output and waits for nothing, so that a CUDA graph can
-    hold it. On "torch" the state is computed apart and copied.
-
-    Args:
-        state: float32 [B, 3, P, C] (float64 for float64 k, v; [B, 3, C] where w is [C]), contiguous: changed in place.
-            (0, 0, -1e38) along axis 1 is the state of a sequence's start.
-        w, u, k, v, weights, backend: as in `multi_perspective_wkv`.
-
-    Returns: output, as in `multi_perspective_wkv`.
-
-    Raises: as `multi_perspective_wkv`; ValueError for a state that is not contiguous, RuntimeError
-        where a gradient would be wanted: there is none.
-    """
-    if is_gradient_needed(state, w, u, k, v, weights):
-        raise RuntimeError(
-            "recurrent_wkv_: expected no argument that requires a gradient, or torch.no_grad(): what it replaces a "
-            "backward would need; use recurrent_wkv"
-        )
-    _check_types(w, u, k, v, weights, None, None)
-    require_tensor("state", state, [state_dtype(k.dtype)])
-    require_same_device(state=state, k=k)
-    if not state.is_contiguous():
-        raise ValueError(f"state: expected a contiguous tensor; got strides {list(state.stride())}")
-    single = w.ndim == 1
-    if single:
-        require_shape("state", state, "[B, 3, C]", (*k.shape[:1], 3, w.shape[0]))
-        w, u, weights, _ = _with_perspective_axis(w, u, k, weights, None, None)
-        state = state.unsqueeze(2)
-    _check_shapes(w, u, k, v, weights, None, None)
-    require_shape("state", state, "[B, 3, P, C]", (k.shape[0], 3, *w.shape))
-    output = wkv_recurrent_(state, w, u, k, v, weights, resolve_backend(backend, k.device, k.dtype))
-    return output.squeeze(2) if single and weights is None else output
-
-
 def reference_wkv(
     w: Tensor,
     u: Tensor,
@@ -254,13 +206,13 @@ def wkv_states(
 
     Raises: as `multi_perspective_wkv`.
     """
-    _check_types(w, w, k, v, None, initial_state, cu_seqlens)
+    check_types(w, w, k, v, None, initial_state, cu_seqlens)
     require_flag("output_final_state", output_final_state)
     require_flag("reverse", reverse)
     single = w.ndim == 1
     if single:
-        w, _, _, initial_state = _with_perspective_axis(w, w, k, None, initial_state, cu_seqlens)
-    _check_shapes(w, w, k, v, None, initial_state, cu_seqlens)
+        w, _, _, initial_state = with_perspective_axis(w, w, k, None, initial_state, cu_seqlens)
+    check_shapes(w, w, k, v, None, initial_state, cu_seqlens)
     chosen = resolve_backend(backend, k.device, k.dtype)
     if chosen == "reference":
         bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, k.shape[1])
@@ -314,13 +266,13 @@ def _run(
     backend: str,
     algorithm: str,
 ) -> WkvOutput:
-    _check_types(w, u, k, v, weights, initial_state, cu_seqlens)
+    check_types(w, u, k, v, weights, initial_state, cu_seqlens)
     require_flag("output_final_state", output_final_state)
     require_flag("reverse", reverse)
     single = w.ndim == 1
     if single:
-        w, u, weights, initial_state = _with_perspective_axis(w, u, k, weights, initial_state, cu_seqlens)
-    _check_shapes(w, u, k, v, weights, initial_state, cu_seqlens)
+        w, u, weights, initial_state = with_perspective_axis(w, u, k, weights, initial_state, cu_seqlens)
+    check_shapes(w, u, k, v, weights, initial_state, cu_seqlens)
     chosen = resolve_backend(backend, k.device, k.dtype)
     if chosen == "reference":
         bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, k.shape[1])
@@ -333,7 +285,7 @@ def _run(
     return WkvOutput(output, final_state if output_final_state else None)
 
 
-def _check_types(
+def check_types(
     w: Tensor,
     u: Tensor,
     k: Tensor,
@@ -355,7 +307,7 @@ def _check_types(
         require_cu_seqlens(cu_seqlens, k.device)
 
 
-def _with_perspective_axis(
+def with_perspective_axis(
     w: Tensor,
     u: Tensor,
     k: Tensor,
@@ -380,7 +332,7 @@ def _with_perspective_axis(
     return w.unsqueeze(0), u.unsqueeze(0), weights, initial_state
 
 
-def _check_shapes(
+def check_shapes(
     w: Tensor,
     u: Tensor,
     k: Tensor,

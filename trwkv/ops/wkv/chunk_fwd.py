@@ -33,6 +33,7 @@ from trwkv.ops.wkv.kernel_math import (
     pow2,
     reciprocal,
     scale_exactly,
+    sigmoid,
     split_k,
     store_row,
     store_triple,
@@ -82,6 +83,22 @@ def store_output(
         for p in tl.static_range(1, P):
             total = tl.fma(w[p], y[p], total)
         store_row(output + row * C, c, total, C, BLOCK_C)
+
+
+@triton.jit
+def gated(
+    y, receptance, row, c,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr, APPROX: tl.constexpr,
+):  # fmt: skip
+    """y, one [BLOCK_C] per perspective, times the sigmoid of receptance [.., P, C], or [.., C] if y is to be summed."""
+    out = ()
+    for p in tl.static_range(P):
+        if WEIGHTS == "none":
+            p_receptance = receptance + (row * P + p) * C
+        else:
+            p_receptance = receptance + row * C
+        out += (y[p] * sigmoid(load_row(p_receptance, c, C, BLOCK_C, 0.0).to(tl.float32), APPROX),)
+    return out
 
 
 @triton.jit
@@ -185,8 +202,8 @@ def wkv_chunk_fwd_kernel(
                 store_triple(states + (slot0 + t0 // SEGMENT) * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
         if OUTPUT == "states":
             A, B, O, rest = exact_tile(
-                A, B, O, rest, vectors, k, v, weights, output, plane, row0 + t0 * STEP, tl.minimum(BLOCK_T, end - t0),
-                c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
+                A, B, O, rest, vectors, k, v, weights, None, output, plane, row0 + t0 * STEP,
+                tl.minimum(BLOCK_T, end - t0), c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, APPROX,
             )  # fmt: skip
         else:
             next_tile = load_tile(k, v, row0, t0 + BLOCK_T, end, c, C, BLOCK_C, BLOCK_T, STEP)
@@ -241,8 +258,8 @@ def walk_tile(
         )  # fmt: skip
     else:
         A, B, O, rest = exact_tile(
-            A, B, O, rest, vectors, k, v, weights, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
+            A, B, O, rest, vectors, k, v, weights, None, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, APPROX,
         )  # fmt: skip
     return A, B, O, rest
 
@@ -308,11 +325,14 @@ def fast_tile(
 
 @triton.jit
 def exact_tile(
-    A, B, O, rest, vectors, k, v, weights, output, plane, row, steps, c,
+    A, B, O, rest, vectors, k, v, weights, receptance, output, plane, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
+    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, GATED: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
-    """The same roundings as `fast_tile` with an exponent per perspective and step: any data, up to BLOCK_T tokens."""
+    """The same roundings as `fast_tile` with an exponent per perspective and step: any data, up to BLOCK_T tokens.
+
+    GATED: the outputs are multiplied with the sigmoid of `receptance`.
+    """
     decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     A_begin = A
@@ -347,6 +367,8 @@ def exact_tile(
         B = B_next
         O = O_next
         joined = A_joined + B_joined
+        if GATED:
+            y = gated(y, receptance, i_row, c, C, P, BLOCK_C, WEIGHTS, APPROX)
         if OUTPUT == "y":
             store_output(output, i_row, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS)
     if steps == BLOCK_T:

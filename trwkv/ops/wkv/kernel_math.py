@@ -276,6 +276,15 @@ def store_user_state(ptr, c, A, B, O, C: tl.constexpr, P: tl.constexpr, BLOCK_C:
 
 
 @triton.jit
+def sigmoid(x, APPROX: tl.constexpr):
+    """1 / (1 + exp(-x)); beyond +-87 that of +-87, next to 1 or to the smallest normal number. NaN stays NaN."""
+    x = tl.maximum(x, -87.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, 87.0, propagate_nan=tl.PropagateNan.ALL)
+    mantissa, exponent = split_k(negative(x))
+    return reciprocal(tl.fma(mantissa, pow2(exponent), 1.0), APPROX)
+
+
+@triton.jit
 def exact_output(A, B, O, bonus, bonus_exponent, e, k_exponent, v):
     """One output of one perspective, whatever the exponents. Returns numerator, denominator and their exponent."""
     token_exponent = k_exponent + bonus_exponent

@@ -100,14 +100,19 @@ def finish_state(final_state: Tensor, shape: tuple[int, int], call: KernelCall) 
     return final_state.reshape(-1, 3, *shape)
 
 
-def finish_output(output: Tensor, weights: Tensor | None, v: Tensor, call: KernelCall) -> Tensor:
-    """The output as the caller wants it, from what the kernels wrote."""
+def finish_output(
+    output: Tensor, weights: Tensor | None, v: Tensor, call: KernelCall, receptance: Tensor | None = None
+) -> Tensor:
+    """The output as the caller wants it, from what the kernels wrote. `receptance`: for a sum taken here."""
     if v.ndim == 3:
         return output
     per_perspective = output.view(v.shape)
     if weights is None:
         return per_perspective
-    return aggregate(per_perspective, weights).to(v.dtype)
+    total = aggregate(per_perspective, weights)
+    if receptance is not None:
+        total = total * torch.sigmoid(receptance.float())
+    return total.to(v.dtype)
 
 
 def aggregate_backward(grad_output: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ def wkv_recurrent_fwd_kernel(
     k,  # [rows, C]: B T rows, or those of all packed sequences
     v,  # [rows, C]
     weights,  # [P, C] or [rows, P]
+    receptance,  # as the output, if GATED
     initial_state,  # [N, 3, P, C]
     cu_seqlens,  # [N + 1] if VARLEN
     final_state,  # [N, 3, P, C]
@@ -34,6 +35,7 @@ def wkv_recurrent_fwd_kernel(
     VARLEN: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
+    GATED: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -49,8 +51,8 @@ def wkv_recurrent_fwd_kernel(
     rest = zeros(2 * P, BLOCK_C)
     for t in range(length):
         A, B, O, rest = exact_tile(
-            A, B, O, rest, vectors, k, v, weights, output, 0, row0 + t * STEP, 1, c,
-            C, P, BLOCK_C, 1, STEP, WEIGHTS, "y", APPROX,
+            A, B, O, rest, vectors, k, v, weights, receptance, output, 0, row0 + t * STEP, 1, c,
+            C, P, BLOCK_C, 1, STEP, WEIGHTS, "y", GATED, APPROX,
         )  # fmt: skip
     store_user_state(final_state + i_s * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
 
@@ -65,9 +67,10 @@ def recurrent_forward(
     cu_seqlens: Tensor | None,
     reverse: bool,
     *,
+    receptance: Tensor | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as in `multi_perspective_wkv`, P axis present, validated.
+    """Arguments and results as in `multi_perspective_wkv` and `gated_recurrent_wkv`, P axis present, validated.
 
     `in_place`: the final state replaces the initial one, which is contiguous and no other tensor's memory.
     """
@@ -76,6 +79,8 @@ def recurrent_forward(
     _, T, P, C = call.sizes
     N = call.n_sequences
     output = call.new_output()
+    is_gated_here = receptance is not None and (k.ndim == 3 or weights is None)
+    gate = receptance.contiguous() if is_gated_here else None
     if in_place:  # every program reads its part before it writes it
         final_state = call.initial_state
     else:
@@ -85,10 +90,11 @@ def recurrent_forward(
     elif N > 0:
         with device_guard(k.device):
             wkv_recurrent_fwd_kernel[(N * triton.cdiv(C, BLOCK_C),)](
-                call.w, call.u, call.k, call.v, call.weights, call.initial_state, call.cu_seqlens,
+                call.w, call.u, call.k, call.v, call.weights, gate, call.initial_state, call.cu_seqlens,
                 final_state, output, T,
                 C=C, P=P, BLOCK_C=BLOCK_C, WEIGHTS=call.weights_kind, VARLEN=cu_seqlens is not None,
-                REVERSE=reverse, HAS_INITIAL=call.initial_state is not None,
+                REVERSE=reverse, HAS_INITIAL=call.initial_state is not None, GATED=gate is not None,
                 APPROX=is_approximate_reciprocal_available(), num_warps=1,
             )  # fmt: skip
-    return finish_output(output, weights, v, call), finish_state(final_state, w.shape, call)
+    output = finish_output(output, weights, v, call, None if is_gated_here else receptance)
+    return output, finish_state(final_state, w.shape, call)
