@@ -7,7 +7,7 @@ import pytest
 from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Case, Implementation
 from trwkv.testing.fuzz import find_failure
 
-EXAMPLES = {"fast": 50, "slow": 8, "interpreted": 2}
+EXAMPLES = {"fast": 50, "slow": 8, "interpreted": 2, "compiled": 4}
 """Cases of each contract, by the speed of the implementation; the first is always the simplest there is."""
 CHUNKED = ["wkv/torch-chunk", "wkv/triton-chunk", "wkv_states/torch", "wkv_states/triton"]
 """Those that cut T into chunks: one algorithm each, forward and backward, with scratch memory and scans."""
@@ -28,10 +28,10 @@ def everywhere(contract: str = "agreement", **wanted: Any) -> pytest.MarkDecorat
 
 def hold(contract: str, implementation: Implementation, *, times: int = 1) -> None:
     """Draws cases, the same in every run, and checks the contract on each."""
-    is_slow = implementation.is_interpreted  # too slow to search for a smaller failure
     failure = find_failure(
         implementation, CONTRACTS[contract], times * EXAMPLES[implementation.speed], seed=0,
-        shrinks=not is_slow, limits=SIZES if is_slow else None,
+        shrinks=not implementation.is_kernel,  # which takes too long to search for a smaller failure
+        limits=SIZES if implementation.is_interpreted else None,
     )  # fmt: skip
     if failure is not None:
         raise AssertionError(f"{failure.error}\n\n{failure.as_test()}") from failure.error

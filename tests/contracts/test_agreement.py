@@ -57,7 +57,7 @@ def test_single_perspective_form(implementation: Implementation) -> None:
     """w of shape [C] is P = 1 without the P axis, in output, state and weights."""
     packed = {"B": 1, "cu_seqlens": (0, 2, 2, 7), "reverse": True}
     for arguments in ({}, packed):
-        case = case_of(implementation, T=7, P=1, C=5, **arguments)
+        case = case_of(implementation, T=7, P=1, C=5, **arguments).to(implementation.device)
         flat = case.mapped(lambda x, _: x)
         flat.inputs = {name: _without_perspective(name, x) for name, x in case.inputs.items()}
         with implementation.configured():

@@ -60,7 +60,7 @@ def test_a_state_that_nothing_joins(name: str) -> None:
     case.w[:] = -torch.exp(torch.linspace(-13.8, -9.0, 8))
     case.k[:, 1:] -= 60.0
     with implementation.configured():
-        forward_accuracy(implementation, case)
+        forward_accuracy(implementation, case.to(implementation.device))
 
 
 @pytest.mark.parametrize("name", ["wkv/torch-chunk", "wkv/triton-chunk"])
@@ -85,7 +85,7 @@ def test_a_state_far_from_the_tokens(implementation: Implementation, exponent: f
     CONTRACTS["any finite input"](implementation, case)
 
 
-@everywhere(is_interpreted=False)
+@everywhere(is_kernel=False)
 def test_an_exponent_that_drifts(implementation: Implementation) -> None:
     """A state of exponent 1149, under decays of 1e-6 to 3e-4, in float64: a rounding of each sum adds up."""
     case = case_of(implementation, B=1, T=129, P=1, C=32, dtype=torch.float64, log_decays=(-13.8, -8.0))
@@ -114,4 +114,4 @@ def test_a_long_fall(name: str) -> None:
     case.k[:, :, 0] = -200.0
     case.k[:, 0, 0] = 0.0
     with implementation.configured():
-        forward_accuracy(implementation, case)
+        forward_accuracy(implementation, case.to(implementation.device))

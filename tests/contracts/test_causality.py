@@ -11,7 +11,7 @@ def test_causality(implementation: Implementation) -> None:
     hold("causality", implementation)
 
 
-@everywhere("causality", is_interpreted=False)
+@everywhere("causality", is_kernel=False)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("k_range", [4.0, 300.0])
 def test_every_cut(implementation: Implementation, k_range: float, reverse: bool) -> None:

@@ -59,7 +59,7 @@ def test_gradcheck_with_weights(weights: str) -> None:
 @everywhere(is_token_loop=False)
 def test_no_gradient_where_none_is_sent(implementation: Implementation) -> None:
     """Results that do not depend on an input, and a loss on neither result: zeros, not an error."""
-    case = case_of(implementation, T=5)
+    case = case_of(implementation, T=5).to(implementation.device)
     case.grads = {name: torch.zeros_like(x) for name, x in case.grads.items()}
     run, leaves = true_results(implementation, case)
     with implementation.configured():

@@ -52,10 +52,11 @@ def test_compiles_to_one_graph(implementation: Implementation, options: str) -> 
     pytorch.compiled(implementation, cases)
 
 
-@everywhere(is_interpreted=True)
-def test_compiles_to_one_graph_interpreted(implementation: Implementation) -> None:
+@everywhere(is_kernel=True)
+def test_kernels_in_one_graph(implementation: Implementation) -> None:
     with implementation.configured():
-        pytorch.compiled(implementation, [case_of(implementation, P=1, T=T) for T in (4, 6)])
+        cases = [case_of(implementation, P=1, T=T).to(implementation.device) for T in (4, 6)]
+        pytorch.compiled(implementation, cases)
 
 
 @pytest.mark.parametrize("options", ["rows", "own k, v", "packed, reverse", "mixed types"])
@@ -65,7 +66,7 @@ def test_exports(implementation: Implementation, options: str) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@everywhere(is_interpreted=False)
+@everywhere(is_kernel=False)
 def test_saved_tensors(implementation: Implementation, options: str) -> None:
     """Activation checkpointing and saved-tensor hooks."""
     case = case_of(implementation, **OPTIONS[options])
@@ -74,7 +75,7 @@ def test_saved_tensors(implementation: Implementation, options: str) -> None:
 
 
 @pytest.mark.parametrize("options", ["rows", "packed, reverse", "mixed types"])
-@everywhere(is_interpreted=False)
+@everywhere(is_kernel=False)
 def test_autocast_changes_nothing(implementation: Implementation, options: str) -> None:
     """It hands the op whatever types it has made; sums and state stay float32."""
     case = case_of(implementation, **OPTIONS[options])
@@ -88,7 +89,7 @@ def test_autocast_changes_nothing(implementation: Implementation, options: str) 
 
 
 @pytest.mark.parametrize("options", ["rows", "own k, v", "packed, reverse"])
-@everywhere(is_interpreted=False)
+@everywhere(is_kernel=False)
 def test_vmap(implementation: Implementation, options: str) -> None:
     pytorch.mapped(implementation, case_of(implementation, **OPTIONS[options]), 3)
 

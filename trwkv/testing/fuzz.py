@@ -18,7 +18,7 @@ from trwkv.testing.contracts import CONTRACTS, COUNTS, Contract
 from trwkv.testing.ops import IMPLEMENTATIONS, Implementation
 from trwkv.testing.strategies import arguments, choosers
 
-EXAMPLES = {"fast": 25, "slow": 10, "interpreted": 2}
+EXAMPLES = {"fast": 25, "slow": 10, "interpreted": 2, "compiled": 4}
 """Cases of each contract in a round, by the speed of the implementation."""
 
 

@@ -76,17 +76,24 @@ class Implementation:
         return f"{self.op.name}/{self.name}"
 
     @property
+    def is_kernel(self) -> bool:
+        return self.backend == "triton"
+
+    @property
     def device(self) -> str:
-        return "cuda" if HAS_GPU and self.backend == "triton" else "cpu"
+        return "cuda" if HAS_GPU and self.is_kernel else "cpu"
 
     @property
     def is_interpreted(self) -> bool:
-        return self.backend == "triton" and not HAS_GPU
+        return self.is_kernel and not HAS_GPU
 
     @property
     def speed(self) -> str:
-        """ "fast"; "slow": a loop over the tokens; "interpreted": a hundred times slower still."""
-        return "interpreted" if self.is_interpreted else "slow" if self.is_token_loop else "fast"
+        """ "fast"; "slow": a loop over the tokens; "interpreted": a hundred times slower still; "compiled": a kernel on
+        a GPU, some seconds for every new combination of sizes, dtypes and options."""
+        if self.is_kernel:
+            return "compiled" if HAS_GPU else "interpreted"
+        return "slow" if self.is_token_loop else "fast"
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -96,8 +103,8 @@ class Implementation:
 
     @contextmanager
     def configured(self, changes: Mapping[str, int] | None = None) -> Iterator[None]:
-        """Small blocks in the interpreter, so that small cases meet every edge; or blocks as given."""
-        sizes = changes if changes is not None else SMALL if self.is_interpreted else None
+        """Small blocks for kernels, so that small cases meet every edge and compile soon; or blocks as given."""
+        sizes = changes if changes is not None else SMALL if self.is_kernel else None
         with nullcontext() if sizes is None else _tuning.pin_config(**sizes):
             yield
 

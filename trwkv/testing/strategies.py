@@ -9,7 +9,12 @@ from trwkv.testing.contracts import Contract
 from trwkv.testing.ops import Implementation
 
 EDGES = (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 130)
-LIMITS = {"fast": {"T": 140}, "slow": {"T": 33}, "interpreted": {"T": 20, "P": 3}}
+LIMITS = {
+    "fast": {"T": 140},
+    "slow": {"T": 33},
+    "interpreted": {"T": 20, "P": 3},
+    "compiled": {"T": 130, "P": 3},
+}
 """Largest sizes, by the speed of the implementation."""
 
 
