@@ -2,9 +2,11 @@
 
     python benchmarks/generation.py                         # 100,000 tokens, a row for every 10,000; some minutes
     python benchmarks/generation.py --json generation.json  # and keeps them, with the machine and the versions
+    python benchmarks/generation.py --device cuda --hidden-size 768 --layers 12 --dtype bfloat16 --tokens 2000 \
+        --every 500 [--static] [--backend torch]            # the size of the 169M model, compiled, without our kernels
 
-A small random model with three perspectives, greedy, through `generate()`. On a CPU, one thread. `generate()` itself
-keeps the tokens, 8 bytes each, and copies them for every new one; the model's state does not grow.
+A random model with three perspectives, greedy, through `generate()`; by default a small one on one thread of a CPU.
+`generate()` itself keeps the tokens, 8 bytes each, and copies them for every new one; the model's state does not grow.
 """
 
 import argparse
@@ -53,13 +55,22 @@ class Meter(BaseStreamer):
         pass
 
 
-def measure(n_tokens: int, every: int) -> list[dict[str, Any]]:
+def measure(
+    n_tokens: int,
+    every: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    static: bool = False,
+    **model_options: Any,
+) -> list[dict[str, Any]]:
+    """`static`: a cache that changes in place, which lets `generate` compile the step on a GPU."""
     torch.manual_seed(0)
-    model = TemporalRwkvForCausalLM(TemporalRwkvConfig(**MODEL, bos_token_id=None, eos_token_id=None)).eval()
-    cache = TemporalRwkvCache(MODEL["num_hidden_layers"])
+    config = TemporalRwkvConfig(**MODEL | model_options, bos_token_id=None, eos_token_id=None)
+    model = TemporalRwkvForCausalLM(config).eval().to(device, dtype)
+    cache = TemporalRwkvCache(config.num_hidden_layers, static=static)
     meter = Meter(cache, every)
     model.generate(
-        PROMPT,
+        PROMPT.to(device),
         max_new_tokens=n_tokens,
         do_sample=False,
         past_key_values=cache,
@@ -76,13 +87,37 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000, help="(default: %(default)s)")
     parser.add_argument("--every", type=int, default=10_000, help="tokens per row (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--hidden-size", type=int, default=MODEL["hidden_size"], help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=MODEL["num_hidden_layers"], help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "triton", "torch"),
+        default="auto",
+        help="of the ops (default: %(default)s)",
+    )
+    parser.add_argument("--static", action="store_true", help="a static cache: compiled on a GPU")
     options = parser.parse_args()
+    if options.every < 1 or options.tokens < options.every:
+        parser.error(f"--every: expected 1 to {options.tokens} tokens; got {options.every}")
     torch.set_num_threads(1)
-    rows = measure(options.tokens, options.every)
+    model = {
+        "hidden_size": options.hidden_size,
+        "num_hidden_layers": options.layers,
+        "wkv_backend": options.backend,
+    }
+    dtype = getattr(torch, options.dtype)
+    rows = measure(options.tokens, options.every, options.device, dtype, options.static, **model)
     header = ("tokens", "ms per token", "tokens/s", "resident MiB", "state bytes", "tensors alive")
     print(format_table(header, [list(row.values()) for row in rows]))
     if options.json:
-        content = {"environment": environment("cpu"), "model": MODEL, "rows": rows}
+        how = {"dtype": options.dtype, "static": options.static}
+        content = {"environment": environment(options.device), "model": MODEL | model | how, "rows": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -22,6 +22,14 @@ def test_state_and_tensors_stay_as_many() -> None:
     )
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_other_models(static: bool) -> None:
+    options = {"hidden_size": 16, "num_hidden_layers": 2, "wkv_backend": "torch"}
+    (row,) = generation.measure(20, 20, dtype=torch.bfloat16, static=static, **options)
+    assert row["tokens"] == 20
+    assert row["state_bytes"] == 2 * (2 * 16 * 2 + 3 * 3 * 16 * 4)
+
+
 def test_what_is_kept_is_seen(monkeypatch) -> None:
     kept = []
     forward = TemporalRwkvModel.forward

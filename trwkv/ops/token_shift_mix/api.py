@@ -1,4 +1,4 @@
-"""The public function, its plain PyTorch form, and the operator around the kernel."""
+"""The public function, and the operator around the kernel."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,8 @@ from torch import Tensor
 from trwkv.ops._dispatch import resolve_backend
 from trwkv.ops._library import is_gradient_needed
 from trwkv.ops._validate import require_same_device, require_shape, require_tensor
+from trwkv.ops.token_shift_mix import MAX_MIXES
 from trwkv.ops.token_shift_mix.plain import token_shift_mix_plain
-
-MAX_MIXES = 3
 
 torch.library.define("trwkv::token_shift_mix", "(Tensor x, Tensor[] mixes, Tensor? previous) -> Tensor[]")
 
