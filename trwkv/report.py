@@ -25,6 +25,7 @@ def environment(device: str) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    versions["torch"] = torch.__version__  # with the build, which not every wheel's own record has
     return {
         "versions": versions,
         "system": f"{platform.system()} {platform.machine()}",
