@@ -210,9 +210,7 @@ def unpack_state(p: Problem, initial_state: Tensor | None, w: Tensor) -> tuple[T
 
 def pack_states(p: Problem, exp: Tensor, sums: Tensor) -> Tensor:
     """exp [N, P, B, C], sums [N, 2, P, B, C] -> [N, 3, P, B, C] in the arithmetic's dtype, den near 1."""
-    num, den = sums.unbind(1)
-    near = exp.to(p.dtype) + den.abs().clamp_(1e-30, 1e30).to(p.dtype).log_()
-    near.masked_fill_((num == 0) & (den == 0), EMPTY_EXP)
+    near = exp.to(p.dtype) + sums[:, 1].abs().clamp_(1e-30, 1e30).to(p.dtype).log_()  # an empty one's stays EMPTY_EXP
     packed = near.new_empty(len(near), 3, *near.shape[1:])
     packed[:, :2] = sums * torch.exp(exp - near).unsqueeze(1)
     packed[:, 2] = near
