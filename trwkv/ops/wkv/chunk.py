@@ -10,7 +10,8 @@ from torch import Tensor
 from trwkv.ops._dispatch import device_guard, is_approximate_reciprocal_available
 from trwkv.ops._tuning import SEGMENT, Config, chunk_length, config_for
 from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel, wkv_chunk_bwd_scan_kernel
-from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel, wkv_chunk_scan_kernel
+from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel
+from trwkv.ops.wkv.chunk_scan import wkv_chunk_scan_kernel
 from trwkv.ops.wkv.layout import (
     KernelCall,
     aggregate_backward,

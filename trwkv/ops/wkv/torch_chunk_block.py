@@ -210,7 +210,9 @@ def unpack_state(p: Problem, initial_state: Tensor | None, w: Tensor) -> tuple[T
 
 def pack_states(p: Problem, exp: Tensor, sums: Tensor) -> Tensor:
     """exp [N, P, B, C], sums [N, 2, P, B, C] -> [N, 3, P, B, C] in the arithmetic's dtype, den near 1."""
-    near = exp.to(p.dtype) + sums[:, 1].abs().clamp_(1e-30, 1e30).to(p.dtype).log_()  # an empty one's stays EMPTY_EXP
+    near = (
+        exp.to(p.dtype) + sums[:, 1].abs().clamp_(1e-30, 1e30).to(p.dtype).log_()
+    )  # an empty one's stays EMPTY_EXP
     packed = near.new_empty(len(near), 3, *near.shape[1:])
     packed[:, :2] = sums * torch.exp(exp - near).unsqueeze(1)
     packed[:, 2] = near
