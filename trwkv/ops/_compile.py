@@ -49,10 +49,7 @@ class Launch:
         return self.kernel.__name__
 
     def compile(self, capability: int) -> CompiledKernel:
-        """Machine code for an NVIDIA GPU of this compute capability (80, 90, ...).
-
-        It goes into Triton's cache under the name that a call on such a GPU looks for.
-        """
+        """Machine code for an NVIDIA GPU of this compute capability (80, 90, ...)."""
         options = dict(self.options)
         num_warps = options.pop("num_warps", 4)
         names = self.kernel.arg_names
@@ -63,7 +60,8 @@ class Launch:
             signature[name] = kind
             if kind == "constexpr":
                 constants[(i,)] = values[name]
-            attributes[(i,)] = [["tt.divisibility", 16]] if is_aligned else []
+            if is_aligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
