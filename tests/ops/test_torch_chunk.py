@@ -365,9 +365,7 @@ class _Peak(torch.utils._python_dispatch.TorchDispatchMode):
 def test_memory_is_bounded() -> None:
     """No temporary grows with T: beyond inputs, results and checkpoint, only what one block needs."""
     case = wkv_case(1, 4096, 3, 64, weights="PC", final_gradient=False)
-    block = (
-        2 * CHUNK * torch_chunk_block.block_elements() * 4
-    )  # bytes of (num, den) of every token of a block
+    block = 2 * CHUNK * torch_chunk_block.block_elements(3) * 4  # bytes of (num, den) of a block's tokens
     with _Peak() as forward:
         _, _, checkpoint = chunk_forward(*raw(case))
     with _Peak() as backward:

@@ -15,8 +15,11 @@ CHUNK = 16
 """Tokens per chunk. Fixed: if it depended on the shapes, cutting a sequence would change the rounding."""
 
 BLOCK_ELEMENTS = 1 << 15
-"""Perspectives x batch x chunks x channels worked on by one operation, per thread: large enough to hide its cost, small
-enough that most of what a block needs stays in the thread's cache."""
+"""Batch x chunks x channels worked on by one operation, per thread: large enough to hide its cost (PyTorch divides fewer
+among no threads), small enough that most of what a block needs stays in the thread's cache."""
+
+MAX_BLOCK_PERSPECTIVES = 4
+"""With more perspectives a block gets fewer chunks: it holds no more than that many perspectives' elements."""
 
 MAX_BLOCK_THREADS = 8
 """With more threads blocks, and the memory they need, do not grow further."""
@@ -89,9 +92,13 @@ def set_up(w: Tensor, u: Tensor, k: Tensor) -> Problem:
     return Problem(k.shape[0], k.shape[1], w.shape[0], own, dtype, w64, u64, decay, bonus, outside)
 
 
-def block_elements() -> int:
-    """What a block holds, unless one chunk of all rows and channels is more."""
-    return BLOCK_ELEMENTS * min(torch.get_num_threads(), MAX_BLOCK_THREADS)
+def block_elements(perspectives: int) -> int:
+    """What a block holds of all perspectives, unless one chunk of all rows and channels is more."""
+    return (
+        BLOCK_ELEMENTS
+        * min(torch.get_num_threads(), MAX_BLOCK_THREADS)
+        * min(perspectives, MAX_BLOCK_PERSPECTIVES)
+    )
 
 
 def block_ranges(p: Problem) -> Iterator[tuple[int, int, int]]:
@@ -102,7 +109,7 @@ def block_ranges(p: Problem) -> Iterator[tuple[int, int, int]]:
     if p.batch == 0:
         return
     whole = p.tokens // CHUNK
-    step = max(1, block_elements() // (max(1, p.batch) * p.decay.numel()))
+    step = max(1, block_elements(p.decay.shape[0]) // (max(1, p.batch) * p.decay.numel()))
     for first in range(0, whole, step):
         yield first * CHUNK, min(step, whole - first), CHUNK
     if p.tokens % CHUNK:
