@@ -69,6 +69,6 @@ def device_guard(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def is_approximate_reciprocal_available() -> bool:
-    """Whether kernels may use NVIDIA's `rcp.approx` (1 ulp): not in the interpreter, not on ROCm."""
+def is_inline_ptx_available() -> bool:
+    """Whether kernels may use NVIDIA's instructions by name: not in the interpreter, not on ROCm."""
     return not is_interpreting() and torch.version.hip is None

@@ -37,9 +37,10 @@ class Config:
 
 CONFIGS = {
     1: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
-    2: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
-    3: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
-    4: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
+    2: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
+    3: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
+    4: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
+    6: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=4),
     8: Config(fwd_block_c=32, fwd_block_t=8, bwd_block_c=32, bwd_block_t=4),
 }
 """What ships. Measured on no GPU yet: chosen by the registers and instructions that the compiler reports (sm_90)."""

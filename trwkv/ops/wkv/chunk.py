@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from trwkv.ops._dispatch import device_guard, is_approximate_reciprocal_available
+from trwkv.ops._dispatch import device_guard, is_inline_ptx_available, is_interpreting
 from trwkv.ops._tuning import SEGMENT, Config, chunk_length, config_for
 from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel, wkv_chunk_bwd_scan_kernel
 from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel
@@ -110,6 +110,17 @@ def _plan(config: Config, call: KernelCall, block_c: int) -> _Plan:
     )
 
 
+def _is_paired(call: KernelCall, block_c: int) -> bool:
+    """Whether k and v may be read as int32, two bfloat16 each, and every lane has two channels side by side."""
+    lanes = 1 if is_interpreting() else 32
+    return (
+        call.k.dtype == call.v.dtype == torch.bfloat16
+        and block_c >= 2 * lanes
+        and call.sizes[3] % 2 == 0
+        and call.k.data_ptr() % 4 == call.v.data_ptr() % 4 == 0
+    )
+
+
 def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> tuple[Tensor, Tensor]:
     """Final state (but of empty packed sequences) and checkpoint. `kind`: what `output` is to hold, "y" or "states"."""
     B, T, P, C = call.sizes
@@ -136,7 +147,7 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=config.fwd_block_t, SEGMENT=SEGMENT,
             WEIGHTS=call.weights_kind, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
             HAS_INITIAL=has_initial, OUTPUT=kind, SAVE=save,
-            APPROX=is_approximate_reciprocal_available(), num_warps=1,
+            PAIRED=_is_paired(call, plan.block_c), PTX=is_inline_ptx_available(), num_warps=1,
         )  # fmt: skip
 
     with device_guard(call.k.device):
@@ -235,7 +246,7 @@ def _launch_backward(
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=block_t, SEGMENT=SEGMENT, WEIGHTS=call.weights_kind,
             VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
             HAS_FINAL=grad_final_state is not None, GRADS=is_grads,
-            APPROX=is_approximate_reciprocal_available(), num_warps=1,
+            PAIRED=_is_paired(call, plan.block_c), PTX=is_inline_ptx_available(), num_warps=1,
         )  # fmt: skip
 
     with device_guard(device):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from trwkv.ops.wkv.chunk_bwd_tiles import walk_tile_back
-from trwkv.ops.wkv.chunk_fwd import load_tile, walk_tile
+from trwkv.ops.wkv.chunk_fwd import no_tile, tile_source, walk_tile
 from trwkv.ops.wkv.kernel_math import (
     carry,
     fast_vectors,
@@ -88,7 +88,8 @@ def wkv_chunk_bwd_kernel(
     SINGLE: tl.constexpr,
     HAS_FINAL: tl.constexpr,
     GRADS: tl.constexpr,
-    APPROX: tl.constexpr,
+    PAIRED: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tiles: tl.constexpr = SEGMENT // BLOCK_T
@@ -96,7 +97,8 @@ def wkv_chunk_bwd_kernel(
     i_c = tl.program_id(0) % n_blocks
     index = tl.program_id(0) // n_blocks
     lane = tl.arange(0, BLOCK_C)
-    c = i_c * BLOCK_C + lane
+    c0 = i_c * BLOCK_C
+    c = c0 + lane
     i_s, i_n, first, length = locate_chunk(
         cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE
     )
@@ -129,6 +131,7 @@ def wkv_chunk_bwd_kernel(
     du = zeros(P, BLOCK_C)
     dweights = zeros(P, BLOCK_C)
 
+    source = tile_source(k, v, c0, c, BLOCK_C, PAIRED)
     n_segments = (end - begin + SEGMENT - 1) // SEGMENT
     for i_s in range(n_segments):
         segment = begin + (n_segments - 1 - i_s) * SEGMENT
@@ -138,23 +141,22 @@ def wkv_chunk_bwd_kernel(
             p_states + (segment // SEGMENT).to(tl.int64) * (3 * P * C), c, C, P, BLOCK_C
         )
         state_rest = zeros(2 * P, BLOCK_C)
+        tile = no_tile(source, BLOCK_T)
         for i in range(n_tiles):
+            A, B, A_exponent, state_rest, tile = walk_tile(
+                A, B, A_exponent, state_rest, fast, tile, source, w, u, k, v, weights, grad_k, 0, row0,
+                segment + (i - 1) * BLOCK_T, segment, stop, c,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, "none", PAIRED, PTX,
+            )  # fmt: skip
             store_triple(p_scratch + i * (3 * P * BLOCK_C), lane, A, B, A_exponent, BLOCK_C, P, BLOCK_C)
-            if i + 1 < n_tiles:
-                t0 = segment + i * BLOCK_T
-                tile = load_tile(k, v, row0, t0, stop, c, C, BLOCK_C, BLOCK_T, STEP)
-                A, B, A_exponent, state_rest = walk_tile(
-                    A, B, A_exponent, state_rest, vectors, fast, tile, k, v, weights, grad_k, 0, row0, t0, stop, c,
-                    C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, "none", APPROX,
-                )  # fmt: skip
         tl.debug_barrier()  # the scratch rows are read back by other lanes if the compiler lays them out otherwise
         for i in range(n_tiles):
             at = n_tiles - 1 - i
             A, B, A_exponent = load_triple(p_scratch + at * (3 * P * BLOCK_C), lane, BLOCK_C, P, BLOCK_C)
             a, b, O, rest, dw, du, dweights = walk_tile_back(
-                a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, fast, k, v, weights, grad_output,
+                a, b, O, rest, dw, du, dweights, A, B, A_exponent, fast, source, w, u, k, v, weights, grad_output,
                 grad_k, grad_v, grad_weights, row0, segment + at * BLOCK_T, stop, c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PAIRED, PTX,
             )  # fmt: skip
         tl.debug_barrier()
 

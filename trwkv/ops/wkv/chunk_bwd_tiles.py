@@ -6,7 +6,7 @@ As in the forward there is a fast path, in one exponent, and an exact one for an
 import triton
 import triton.language as tl
 
-from trwkv.ops.wkv.chunk_fwd import channel_weights, load_tile, tile_stabiliser, token_weights
+from trwkv.ops.wkv.chunk_fwd import channel_weights, load_tile, no_tile, tile_stabiliser, token_weights
 from trwkv.ops.wkv.kernel_math import (
     EMPTY,
     carry,
@@ -14,27 +14,32 @@ from trwkv.ops.wkv.kernel_math import (
     exact_update,
     exp_near,
     load_row,
+    load_vectors,
     negative,
     pow2,
     reciprocal,
     split_k,
     store_row,
+    widen,
 )
 
 
 @triton.jit
 def load_grad_y(
-    grad_output, weights, of_channels, row, c,
+    p_grad, weights, of_channels, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of each perspective's y at one token, and that of the aggregated output (zero when there is none)."""
+    """Gradient of each perspective's y at one token, and that of the aggregated output (zero when there is none).
+
+    p_grad: where the gradient of this token's output is.
+    """
     out = ()
     g = tl.zeros([BLOCK_C], tl.float32)
     if WEIGHTS == "none":
         for p in tl.static_range(P):
-            out += (load_row(grad_output + (row * P + p) * C, c, C, BLOCK_C, 0.0).to(tl.float32),)
+            out += (load_row(p_grad + p * C, c, C, BLOCK_C, 0.0).to(tl.float32),)
     else:
-        g = load_row(grad_output + row * C, c, C, BLOCK_C, 0.0).to(tl.float32)
+        g = load_row(p_grad, c, C, BLOCK_C, 0.0).to(tl.float32)
         weight = token_weights(weights, of_channels, row, P, WEIGHTS)
         for p in tl.static_range(P):
             out += (g * weight[p],)
@@ -43,12 +48,12 @@ def load_grad_y(
 
 @triton.jit
 def store_token_grads(
-    grad_k, grad_v, grad_weights, row, c, e, v, from_num, from_den, g, y,
+    p_grad_k, p_grad_v, grad_weights, row, c, e, v, from_num, from_den, g, y,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """dv = e N', dk = e (v N' + D') with N', D' the adjoints of this token's own terms, summed over perspectives."""
-    store_row(grad_v + row * C, c, e * from_num, C, BLOCK_C)
-    store_row(grad_k + row * C, c, e * tl.fma(v, from_num, from_den), C, BLOCK_C)
+    store_row(p_grad_v, c, e * from_num, C, BLOCK_C)
+    store_row(p_grad_k, c, e * tl.fma(v, from_num, from_den), C, BLOCK_C)
     if WEIGHTS == "token":
         for p in tl.static_range(P):
             tl.store(grad_weights + row * P + p, tl.sum(g * y[p], 0))
@@ -59,11 +64,15 @@ def fast_tile_bwd(
     a, b, O, rest, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, fast, weights, grad_output,
     grad_k, grad_v, grad_weights, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back."""
     W, U, tile_W, tile_W_low, _, _ = fast
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
+    WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C
+    p_grad = grad_output + row * WIDTH
+    p_grad_k = grad_k + row * C
+    p_grad_v = grad_v + row * C
     A_rows = ()  # entry j * P + p: before token j
     B_rows = ()
     a_row = ()
@@ -86,17 +95,19 @@ def fast_tile_bwd(
     b = b_row
     e_rows = ()
     for j in tl.static_range(BLOCK_T):
-        e_rows += (exp_near(k_rows[j].to(tl.float32), top),)
+        e_rows += (exp_near(widen(k_rows[j], PAIRED), top),)
         if j + 1 < BLOCK_T:
-            ev = e_rows[j] * v_rows[j].to(tl.float32)
+            ev = e_rows[j] * widen(v_rows[j], PAIRED)
             for p in tl.static_range(P):
                 A_rows += (tl.fma(A_rows[j * P + p], W[p], ev),)
                 B_rows += (tl.fma(B_rows[j * P + p], W[p], e_rows[j]),)
     for j in tl.static_range(BLOCK_T - 1, -1, -1):
         e = e_rows[j]
-        j_v = v_rows[j].to(tl.float32)
+        j_v = widen(v_rows[j], PAIRED)
         ev = e * j_v
-        grad_y, g = load_grad_y(grad_output, weights, of_channels, row + j * STEP, c, C, P, BLOCK_C, WEIGHTS)
+        grad_y, g = load_grad_y(
+            p_grad + j * STEP * WIDTH, weights, of_channels, row + j * STEP, c, C, P, BLOCK_C, WEIGHTS
+        )
         y = ()
         a_next = ()
         b_next = ()
@@ -108,7 +119,7 @@ def fast_tile_bwd(
         for p in tl.static_range(P):
             j_A = A_rows[j * P + p]
             j_B = B_rows[j * P + p]
-            inverse = reciprocal(tl.fma(U[p], e, j_B), APPROX)
+            inverse = reciprocal(tl.fma(U[p], e, j_B), PTX)
             y += (tl.fma(U[p], ev, j_A) * inverse,)
             grad_num = grad_y[p] * inverse
             grad_den = negative(grad_num) * y[p]
@@ -136,22 +147,9 @@ def fast_tile_bwd(
             if WEIGHTS == "channel":
                 dweights = dweights_next
             store_token_grads(
-                grad_k,
-                grad_v,
-                grad_weights,
-                row + j * STEP,
-                c,
-                e,
-                j_v,
-                from_num,
-                from_den,
-                g,
-                y,
-                C,
-                P,
-                BLOCK_C,
-                WEIGHTS,
-            )
+                p_grad_k + j * STEP * C, p_grad_v + j * STEP * C, grad_weights, row + j * STEP, c, e, j_v,
+                from_num, from_den, g, y, C, P, BLOCK_C, WEIGHTS,
+            )  # fmt: skip
     a_begin = ()
     b_begin = ()
     O_begin = ()
@@ -175,7 +173,7 @@ def fast_tile_bwd(
 @triton.jit
 def exact_token_bwd(
     a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, k_exponent, v, grad_y, g,
-    decay, decay_exponent, bonus, bonus_exponent, P: tl.constexpr, APPROX: tl.constexpr,
+    decay, decay_exponent, bonus, bonus_exponent, P: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One token back, whatever the exponents: no factor 2^n below has n > 1.
 
@@ -195,7 +193,7 @@ def exact_token_bwd(
     dweights_next = ()
     for p in tl.static_range(P):
         num, den, top = exact_output(A[p], B[p], A_exponent[p], bonus[p], bonus_exponent[p], e, k_exponent, v)
-        inverse = reciprocal(den, APPROX)
+        inverse = reciprocal(den, PTX)
         y += (num * inverse,)
         grad_num = grad_y[p] * inverse
         grad_den = negative(grad_num) * y[p]
@@ -228,11 +226,12 @@ def exact_tile_bwd(
     a, b, O, rest, dw, du, dweights, A0, B0, O0, vectors, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Any data, up to BLOCK_T tokens: before each token the state is computed anew from the tile's start."""
     decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
+    WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C
     a_end = a
     b_end = b
     O_end = O
@@ -265,14 +264,24 @@ def exact_tile_bwd(
             A_exponent = O_next
         e, exponent = split_k(load_row(k + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
-        grad_y, g = load_grad_y(grad_output, weights, of_channels, row + at * STEP, c, C, P, BLOCK_C, WEIGHTS)
+        grad_y, g = load_grad_y(
+            grad_output + (row + at * STEP) * WIDTH,
+            weights,
+            of_channels,
+            row + at * STEP,
+            c,
+            C,
+            P,
+            BLOCK_C,
+            WEIGHTS,
+        )
         a, b, O, joined, dw_tile, du_tile, dweights, from_num, from_den, rows_y = exact_token_bwd(
             a, b, O, joined, dw_tile, du_tile, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
-            decay, decay_exponent, bonus, bonus_exponent, P, APPROX,
+            decay, decay_exponent, bonus, bonus_exponent, P, PTX,
         )  # fmt: skip
         if GRADS:
             store_token_grads(
-                grad_k, grad_v, grad_weights, row + at * STEP, c, e, i_v, from_num, from_den, g, rows_y,
+                grad_k + (row + at * STEP) * C, grad_v + (row + at * STEP) * C, grad_weights, row + at * STEP, c, e, i_v, from_num, from_den, g, rows_y,
                 C, P, BLOCK_C, WEIGHTS,
             )  # fmt: skip
     dw_next = ()
@@ -303,25 +312,29 @@ def exact_tile_bwd(
 
 @triton.jit
 def walk_tile_back(
-    a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, fast, k, v, weights, grad_output,
+    a, b, O, rest, dw, du, dweights, A, B, A_exponent, fast, source, w, u, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, APPROX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Adjoint before token t0 from that after the tile, whose first state is (A, B, A_exponent)."""
     row = row0 + t0 * STEP
     is_full = t0 + BLOCK_T <= end
-    k_rows, v_rows = load_tile(k, v, row0, t0, end, c, C, BLOCK_C, BLOCK_T, STEP)
-    top, is_safe = tile_stabiliser(k_rows, A_exponent, fast, P, BLOCK_T)
+    tile = no_tile(source, BLOCK_T)
+    k_rows, v_rows = load_tile(source, row, is_full, tile, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
+    top, is_safe = tile_stabiliser(k_rows, A_exponent, fast, P, BLOCK_T, PAIRED, PTX)
     if is_safe & is_full:
         a, b, O, rest, dw, du, dweights = fast_tile_bwd(
             a, b, O, rest, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, fast, weights, grad_output,
-            grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
+            grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PAIRED, PTX,
         )  # fmt: skip
     else:
+        vectors = load_vectors(
+            w, u, c, C, P, BLOCK_C, BLOCK_T
+        )  # anew: the fast path has no registers for them
         a, b, O, rest, dw, du, dweights = exact_tile_bwd(
             a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
             grad_k, grad_v, grad_weights, row, tl.minimum(BLOCK_T, end - t0), c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, APPROX,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PTX,
         )  # fmt: skip
     return a, b, O, rest, dw, du, dweights

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from trwkv.ops.wkv.kernel_math import (
+    SAFE_DEPTH,
     SAFE_TOP,
     carry,
     empty_state,
@@ -23,6 +24,7 @@ from trwkv.ops.wkv.kernel_math import (
     exact_update,
     exp_near,
     exponent_near,
+    extremes,
     fast_vectors,
     load_row,
     load_triple,
@@ -38,6 +40,7 @@ from trwkv.ops.wkv.kernel_math import (
     store_triple,
     store_user_state,
     user_exponent,
+    widen,
     zeros,
 )
 from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk
@@ -87,7 +90,7 @@ def store_output(
 @triton.jit
 def gated(
     y, receptance, row, c,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr, APPROX: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """y, one [BLOCK_C] per perspective, times the sigmoid of receptance [.., P, C], or [.., C] if y is to be summed."""
     out = ()
@@ -96,7 +99,7 @@ def gated(
             p_receptance = receptance + (row * P + p) * C
         else:
             p_receptance = receptance + row * C
-        out += (y[p] * sigmoid(load_row(p_receptance, c, C, BLOCK_C, 0.0).to(tl.float32), APPROX),)
+        out += (y[p] * sigmoid(load_row(p_receptance, c, C, BLOCK_C, 0.0).to(tl.float32), PTX),)
     return out
 
 
@@ -114,19 +117,17 @@ def store_token_state(
 
 
 @triton.jit
-def tile_stabiliser(k_rows, O, fast, P: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The exponent that one tile computes in, and whether every sum in it then stays within SAFE_BITS."""
-    k_max = k_rows[0].to(tl.float32)
-    k_min = k_max
-    for j in tl.static_range(1, BLOCK_T):
-        k_max = tl.maximum(k_max, k_rows[j].to(tl.float32))
-        k_min = tl.minimum(k_min, k_rows[j].to(tl.float32))
+def tile_stabiliser(
+    k_rows, O, fast, P: tl.constexpr, BLOCK_T: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr
+):
+    """The exponent that one tile computes in, and whether every sum in it stays within SAFE_BITS then; not with NaN."""
+    k_max, k_min = extremes(k_rows, PAIRED, PTX, BLOCK_T)
     top = exponent_near(k_max)
     bottom = exponent_near(k_min)
     for p in tl.static_range(P):
-        top = tl.maximum(top, O[p])
+        top = tl.maximum(top, O[p], propagate_nan=tl.PropagateNan.ALL)
     _, _, _, _, token_limit, carried_limit = fast
-    safe = (tl.abs(top) <= SAFE_TOP) & (bottom >= -SAFE_TOP)
+    safe = (tl.abs(top) <= SAFE_TOP) & (bottom - top >= -SAFE_DEPTH)
     for p in tl.static_range(P):
         safe = safe & ((bottom - top >= token_limit[p]) | (O[p] - top >= carried_limit[p]))
     return top, tl.min(safe.to(tl.int32), 0) > 0
@@ -163,11 +164,13 @@ def wkv_chunk_fwd_kernel(
     HAS_INITIAL: tl.constexpr,
     OUTPUT: tl.constexpr,
     SAVE: tl.constexpr,
-    APPROX: tl.constexpr,
+    PAIRED: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     STEP: tl.constexpr = -1 if REVERSE else 1
-    c = (tl.program_id(0) % n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c0 = (tl.program_id(0) % n_blocks) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
     i_s, i_n, first, length = locate_chunk(
         cu_seqlens, tl.program_id(0) // n_blocks, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE
     )
@@ -193,24 +196,26 @@ def wkv_chunk_fwd_kernel(
             A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
     rest = zeros(2 * P, BLOCK_C)
 
-    if OUTPUT != "states":
-        tile = load_tile(k, v, row0, begin, end, c, C, BLOCK_C, BLOCK_T, STEP)
-    for t0 in range(begin, end, BLOCK_T):
+    if OUTPUT == "states":
+        walk_begin = begin
+    else:
+        walk_begin = begin - BLOCK_T
+        source = tile_source(k, v, c0, c, BLOCK_C, PAIRED)
+        tile = no_tile(source, BLOCK_T)
+    for t0 in range(walk_begin, end, BLOCK_T):
         if SAVE and OUTPUT != "none":
             if t0 % SEGMENT == 0:
                 store_triple(states + (slot0 + t0 // SEGMENT) * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
         if OUTPUT == "states":
             A, B, O, rest = exact_tile(
                 A, B, O, rest, vectors, k, v, weights, None, output, plane, row0 + t0 * STEP,
-                tl.minimum(BLOCK_T, end - t0), c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, APPROX,
+                tl.minimum(BLOCK_T, end - t0), c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, PTX,
             )  # fmt: skip
         else:
-            next_tile = load_tile(k, v, row0, t0 + BLOCK_T, end, c, C, BLOCK_C, BLOCK_T, STEP)
-            A, B, O, rest = walk_tile(
-                A, B, O, rest, vectors, fast, tile, k, v, weights, output, plane, row0, t0, end, c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
+            A, B, O, rest, tile = walk_tile(
+                A, B, O, rest, fast, tile, source, w, u, k, v, weights, output, plane, row0, t0, begin, end, c,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, PAIRED, PTX,
             )  # fmt: skip
-            tile = next_tile
 
     if OUTPUT == "none":
         store_triple(p_slot + slots_per_chunk * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
@@ -222,54 +227,106 @@ def wkv_chunk_fwd_kernel(
 
 
 @triton.jit
-def load_tile(
-    k, v, row0, t0, end, c,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
+def tile_source(k, v, c0, c, BLOCK_C: tl.constexpr, PAIRED: tl.constexpr):
+    """k, v and channels as tiles are loaded. PAIRED: two bfloat16 as an int32, which stay in one register."""
+    if PAIRED:
+        of_pairs: tl.constexpr = tl.pointer_type(tl.int32)
+        return (
+            k.to(of_pairs, bitcast=True),
+            v.to(of_pairs, bitcast=True),
+            c0 // 2 + tl.arange(0, BLOCK_C // 2),
+        )
+    else:
+        return k, v, c
+
+
+@triton.jit
+def load_rows(
+    ptr, row, c, is_there, old, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """k and v of tokens t0 .. t0 + BLOCK_T - 1; undefined, but never used, unless all of them lie before `end`."""
-    row = row0 + t0 * STEP
-    is_there = (c < C) & (
-        t0 + BLOCK_T <= end
-    )  # one predicate for all: a row's address is then a constant away
+    """BLOCK_T rows of one tensor of a tile; where they are not there, and to give them the same registers, `old`."""
+    WIDTH: tl.constexpr = 2 if PAIRED else 1
+    if C % BLOCK_C != 0:
+        is_there = is_there & (c < C // WIDTH)
+    out = ()
+    for j in tl.static_range(BLOCK_T):
+        p_row = ptr + (row + j * STEP) * (C // WIDTH) + c
+        out += (tl.load(p_row, mask=is_there, other=old[j]),)
+    return out
+
+
+@triton.jit
+def no_tile(source, BLOCK_T: tl.constexpr):
+    """What stands for the tile before the first: rows of zeros, never used."""
+    k, v, c = source
     k_rows = ()
     v_rows = ()
-    for j in tl.static_range(BLOCK_T):
-        k_rows += (tl.load(k + (row + j * STEP) * C + c, mask=is_there),)
-        v_rows += (tl.load(v + (row + j * STEP) * C + c, mask=is_there),)
+    for _ in tl.static_range(BLOCK_T):
+        k_rows += (tl.zeros_like(c).to(k.dtype.element_ty),)
+        v_rows += (tl.zeros_like(c).to(v.dtype.element_ty),)
+    return k_rows, v_rows
+
+
+@triton.jit
+def load_tile(
+    source, row, is_there, old,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """k and v of BLOCK_T tokens, or `old`, another tile whose registers they take."""
+    k, v, c = source
+    old_k, old_v = old
+    k_rows = load_rows(k, row, c, is_there, old_k, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
+    v_rows = load_rows(v, row, c, is_there, old_v, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
     return k_rows, v_rows
 
 
 @triton.jit
 def walk_tile(
-    A, B, O, rest, vectors, fast, tile, k, v, weights, output, plane, row0, t0, end, c,
+    A, B, O, rest, fast, tile, source, w, u, k, v, weights, output, plane, row0, t0, begin, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
+    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The state after tokens t0 .. min(t0 + BLOCK_T, end) - 1, whose k and v are `tile`, and their outputs."""
+    """The state after tokens t0 .. min(t0 + BLOCK_T, end) - 1, whose k and v are `tile`, their outputs; the next tile.
+
+    A walk starts a tile before `begin`, only to load its first one.
+    """
     row = row0 + t0 * STEP
-    is_full = t0 + BLOCK_T <= end
+    is_full = (t0 >= begin) & (t0 + BLOCK_T <= end)
+    next_is_full = t0 + 2 * BLOCK_T <= end
     k_rows, v_rows = tile
-    top, is_safe = tile_stabiliser(k_rows, O, fast, P, BLOCK_T)
+    top, is_safe = tile_stabiliser(k_rows, O, fast, P, BLOCK_T, PAIRED, PTX)
     if is_safe & is_full:
-        A, B, O, rest = fast_tile(
-            A, B, O, rest, top, k_rows, v_rows, fast, weights, output, row, c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, APPROX,
+        A, B, O, rest, tile = fast_tile(
+            A, B, O, rest, top, k_rows, v_rows, source, next_is_full, fast, weights, output, row, c,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, PAIRED, PTX,
         )  # fmt: skip
     else:
+        steps = tl.where(t0 < begin, 0, tl.minimum(BLOCK_T, end - t0))
+        vectors = load_vectors(
+            w, u, c, C, P, BLOCK_C, BLOCK_T
+        )  # anew: the fast path has no registers for them
         A, B, O, rest = exact_tile(
-            A, B, O, rest, vectors, k, v, weights, None, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, APPROX,
+            A, B, O, rest, vectors, k, v, weights, None, output, plane, row, steps, c,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, PTX,
         )  # fmt: skip
-    return A, B, O, rest
+        nothing = no_tile(source, BLOCK_T)
+        tile = load_tile(
+            source, row + BLOCK_T * STEP, next_is_full, nothing, C, BLOCK_C, BLOCK_T, STEP, PAIRED
+        )
+    return A, B, O, rest, tile
 
 
 @triton.jit
 def fast_tile(
-    A, B, O, rest, top, k_rows, v_rows, fast, weights, output, row, c,
+    A, B, O, rest, top, k_rows, v_rows, source, next_is_full, fast, weights, output, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, APPROX: tl.constexpr,
+    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """One exponent, `top`, for all perspectives and tokens: multiply-adds and a reciprocal per perspective."""
+    """One exponent, `top`, for all perspectives and tokens: multiply-adds and a reciprocal per perspective.
+
+    Rows of the next tile are loaded as soon as those of this one are done with, into their registers.
+    """
     W, U, tile_W, tile_W_low, _, _ = fast
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     A_row = ()
@@ -284,17 +341,26 @@ def fast_tile(
     B_begin = B_row
     A = A_row
     B = B_row
+    e_rows = ()
     for j in tl.static_range(BLOCK_T):
-        e = exp_near(k_rows[j].to(tl.float32), top)
-        j_v = v_rows[j].to(tl.float32)
-        ev = e * j_v
+        e_rows += (exp_near(widen(k_rows[j], PAIRED), top),)
+    p_k, p_v, c_tile = source
+    next_row = row + BLOCK_T * STEP
+    k_rows = load_rows(p_k, next_row, c_tile, next_is_full, k_rows, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
+    next_v_rows = ()
+    for j in tl.static_range(BLOCK_T):
+        e = e_rows[j]
+        ev = e * widen(v_rows[j], PAIRED)
+        next_v_rows += load_rows(
+            p_v, next_row + j * STEP, c_tile, next_is_full, (v_rows[j],), C, BLOCK_C, 1, STEP, PAIRED
+        )
         y = ()
         A_next = ()
         B_next = ()
         joined_next = ()
         for p in tl.static_range(P):
             if OUTPUT == "y":
-                y += (tl.fma(U[p], ev, A[p]) * reciprocal(tl.fma(U[p], e, B[p]), APPROX),)
+                y += (tl.fma(U[p], ev, A[p]) * reciprocal(tl.fma(U[p], e, B[p]), PTX),)
             A_next += (tl.fma(A[p], W[p], ev),)
             B_next += (tl.fma(B[p], W[p], e),)
             joined_next += (tl.fma(joined[p], W[p], ev),)
@@ -319,14 +385,14 @@ def fast_tile(
         O_end += (o,)
         A_rest += (a_rest * scale,)
         B_rest += (b_rest * scale,)
-    return A_end, B_end, O_end, A_rest + B_rest
+    return A_end, B_end, O_end, A_rest + B_rest, (k_rows, next_v_rows)
 
 
 @triton.jit
 def exact_tile(
     A, B, O, rest, vectors, k, v, weights, receptance, output, plane, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, GATED: tl.constexpr, APPROX: tl.constexpr,
+    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The same roundings as `fast_tile` with an exponent per perspective and step: any data, up to BLOCK_T tokens.
 
@@ -353,7 +419,7 @@ def exact_tile(
         for p in tl.static_range(P):
             if OUTPUT == "y":
                 num, den, _ = exact_output(A[p], B[p], O[p], bonus[p], bonus_exponent[p], e, exponent, i_v)
-                y += (num * reciprocal(den, APPROX),)
+                y += (num * reciprocal(den, PTX),)
             a, b, o, a_joined, b_joined = exact_update(
                 A[p], B[p], O[p], joined[p], joined[P + p], decay[p], decay_exponent[p], e, exponent, i_v
             )
@@ -367,7 +433,7 @@ def exact_tile(
         O = O_next
         joined = A_joined + B_joined
         if GATED:
-            y = gated(y, receptance, i_row, c, C, P, BLOCK_C, WEIGHTS, APPROX)
+            y = gated(y, receptance, i_row, c, C, P, BLOCK_C, WEIGHTS, PTX)
         if OUTPUT == "y":
             store_output(output, i_row, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS)
     if steps == BLOCK_T:

@@ -23,6 +23,7 @@ EMPTY = tl.constexpr(-1073741824.0)  # -2^30: below any reachable exponent, and 
 EMPTY_EXP = tl.constexpr(-1e38)  # exponent of an empty state as the user sees it
 K_LIMIT = tl.constexpr(8388608.0)  # 2^23: beyond it float32 exponents would stop being exact integers
 SAFE_BITS = tl.constexpr(60.0)  # how far below the stabiliser a tile may reach on the fast path
+SAFE_DEPTH = tl.constexpr(250.0)  # how far below it a token may be there that counts for nothing
 SAFE_TOP = tl.constexpr(1048576.0)  # 2^20: how far from 0 the stabiliser may be on the fast path
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: x + MAGIC is x rounded to an integer, held in the lowest bits
 MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -55,11 +56,15 @@ def exponent_near(k):
 
 @triton.jit
 def exp_near(k, top):
-    """exp(k) / 2^top, with the bits of `split_k`, for |k| and |top| up to 2 SAFE_TOP; 0 where it is below 2^-126."""
-    rounded = tl.fma(k, LOG2E, MAGIC)
-    mantissa = mantissa_of(k, rounded - MAGIC)
-    biased = rounded.to(tl.int32, bitcast=True) - ((top + MAGIC).to(tl.int32, bitcast=True) - 127)
-    return mantissa * (tl.maximum(biased, 0) << 23).to(tl.float32, bitcast=True)
+    """exp(k) / 2^top, with the bits of `split_k`, for |k| and |top| up to 2 SAFE_TOP, and of k nothing further below
+    than SAFE_DEPTH; 0, or denormal, where it is below 2^-126.
+    """
+    unit = MAGIC - top  # the same for all tokens of a tile
+    rounded = tl.fma(k, LOG2E, unit)
+    mantissa = mantissa_of(k, rounded - unit)
+    # One instruction adds the exponent to the mantissa's own; beneath all exponents the sum is a negative integer.
+    bits = mantissa.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)
+    return tl.maximum(bits, 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -72,13 +77,48 @@ def split_k(k):
 
 
 @triton.jit
-def reciprocal(x, APPROX: tl.constexpr):
-    if APPROX:
+def reciprocal(x, PTX: tl.constexpr):
+    if PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
         return 1.0 / x
+
+
+@triton.jit
+def widen(x, PAIRED: tl.constexpr):
+    """x in float32. PAIRED: every int32 of x holds two bfloat16, of one channel and the next."""
+    if PAIRED:
+        even = (x << 16).to(tl.float32, bitcast=True)
+        odd = (x & -65536).to(tl.float32, bitcast=True)
+        return tl.interleave(even, odd)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def extremes(rows, PAIRED: tl.constexpr, PTX: tl.constexpr, N: tl.constexpr):
+    """The largest and the smallest of N rows as `widen` takes them, in float32; NaN where one of them is NaN."""
+    if PAIRED and PTX:  # two numbers at once
+        high = rows[0]
+        low = rows[0]
+        for j in tl.static_range(1, N):
+            high = tl.inline_asm_elementwise(
+                "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [high, rows[j]], dtype=tl.int32, is_pure=True, pack=1
+            )
+            low = tl.inline_asm_elementwise(
+                "min.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [low, rows[j]], dtype=tl.int32, is_pure=True, pack=1
+            )
+        return widen(high, PAIRED), widen(low, PAIRED)
+    else:
+        high = widen(rows[0], PAIRED)
+        low = high
+        for j in tl.static_range(1, N):
+            row = widen(rows[j], PAIRED)
+            high = tl.maximum(high, row, propagate_nan=tl.PropagateNan.ALL)
+            low = tl.minimum(low, row, propagate_nan=tl.PropagateNan.ALL)
+        return high, low
 
 
 @triton.jit
@@ -276,12 +316,12 @@ def store_user_state(ptr, c, A, B, O, C: tl.constexpr, P: tl.constexpr, BLOCK_C:
 
 
 @triton.jit
-def sigmoid(x, APPROX: tl.constexpr):
+def sigmoid(x, PTX: tl.constexpr):
     """1 / (1 + exp(-x)); beyond +-87 that of +-87, next to 1 or to the smallest normal number. NaN stays NaN."""
     x = tl.maximum(x, -87.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.minimum(x, 87.0, propagate_nan=tl.PropagateNan.ALL)
     mantissa, exponent = split_k(negative(x))
-    return reciprocal(tl.fma(mantissa, pow2(exponent), 1.0), APPROX)
+    return reciprocal(tl.fma(mantissa, pow2(exponent), 1.0), PTX)
 
 
 @triton.jit

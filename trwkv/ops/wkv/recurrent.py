@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trwkv.ops._dispatch import device_guard, is_approximate_reciprocal_available
+from trwkv.ops._dispatch import device_guard, is_inline_ptx_available
 from trwkv.ops._tuning import config_for
 from trwkv.ops.wkv.chunk_fwd import exact_tile
 from trwkv.ops.wkv.kernel_math import empty_state, load_user_state, load_vectors, store_user_state, zeros
@@ -36,7 +36,7 @@ def wkv_recurrent_fwd_kernel(
     REVERSE: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     GATED: tl.constexpr,
-    APPROX: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = (tl.program_id(0) % n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -52,7 +52,7 @@ def wkv_recurrent_fwd_kernel(
     for t in range(length):
         A, B, O, rest = exact_tile(
             A, B, O, rest, vectors, k, v, weights, receptance, output, 0, row0 + t * STEP, 1, c,
-            C, P, BLOCK_C, 1, STEP, WEIGHTS, "y", GATED, APPROX,
+            C, P, BLOCK_C, 1, STEP, WEIGHTS, "y", GATED, PTX,
         )  # fmt: skip
     store_user_state(final_state + i_s * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
 
@@ -94,7 +94,7 @@ def recurrent_forward(
                 final_state, output, T,
                 C=C, P=P, BLOCK_C=BLOCK_C, WEIGHTS=call.weights_kind, VARLEN=cu_seqlens is not None,
                 REVERSE=reverse, HAS_INITIAL=call.initial_state is not None, GATED=gate is not None,
-                APPROX=is_approximate_reciprocal_available(), num_warps=1,
+                PTX=is_inline_ptx_available(), num_warps=1,
             )  # fmt: skip
     output = finish_output(output, weights, v, call, None if is_gated_here else receptance)
     return output, finish_state(final_state, w.shape, call)

@@ -15,8 +15,8 @@ CHUNK = 16
 """Tokens per chunk. Fixed: if it depended on the shapes, cutting a sequence would change the rounding."""
 
 BLOCK_ELEMENTS = 1 << 15
-"""Batch x chunks x channels worked on by one operation, per thread: large enough to hide its cost (PyTorch divides fewer
-among no threads), small enough that most of what a block needs stays in the thread's cache."""
+"""Batch x chunks x channels worked on by one operation, per thread: large enough to hide its cost (and PyTorch gives no
+thread fewer), small enough that most of what a block needs stays in the thread's cache."""
 
 MAX_BLOCK_PERSPECTIVES = 4
 """With more perspectives a block gets fewer chunks: it holds no more than that many perspectives' elements."""
