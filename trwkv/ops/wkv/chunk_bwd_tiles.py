@@ -281,8 +281,8 @@ def exact_tile_bwd(
         )  # fmt: skip
         if GRADS:
             store_token_grads(
-                grad_k + (row + at * STEP) * C, grad_v + (row + at * STEP) * C, grad_weights, row + at * STEP, c, e, i_v, from_num, from_den, g, rows_y,
-                C, P, BLOCK_C, WEIGHTS,
+                grad_k + (row + at * STEP) * C, grad_v + (row + at * STEP) * C, grad_weights, row + at * STEP, c,
+                e, i_v, from_num, from_den, g, rows_y, C, P, BLOCK_C, WEIGHTS,
             )  # fmt: skip
     dw_next = ()
     du_next = ()
@@ -320,8 +320,9 @@ def walk_tile_back(
     """Adjoint before token t0 from that after the tile, whose first state is (A, B, A_exponent)."""
     row = row0 + t0 * STEP
     is_full = t0 + BLOCK_T <= end
-    tile = no_tile(source, BLOCK_T)
-    k_rows, v_rows = load_tile(source, row, is_full, tile, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
+    k_rows, v_rows = load_tile(
+        source, row, is_full, no_tile(source, BLOCK_T), C, BLOCK_C, BLOCK_T, STEP, PAIRED
+    )
     top, is_safe = tile_stabiliser(k_rows, A_exponent, fast, P, BLOCK_T, PAIRED, PTX)
     if is_safe & is_full:
         a, b, O, rest, dw, du, dweights = fast_tile_bwd(
@@ -329,9 +330,8 @@ def walk_tile_back(
             grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PAIRED, PTX,
         )  # fmt: skip
     else:
-        vectors = load_vectors(
-            w, u, c, C, P, BLOCK_C, BLOCK_T
-        )  # anew: the fast path has no registers for them
+        # Anew: the fast path has no registers left for them.
+        vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
         a, b, O, rest, dw, du, dweights = exact_tile_bwd(
             a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
             grad_k, grad_v, grad_weights, row, tl.minimum(BLOCK_T, end - t0), c,

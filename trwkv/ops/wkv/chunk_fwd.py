@@ -287,7 +287,7 @@ def walk_tile(
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The state after tokens t0 .. min(t0 + BLOCK_T, end) - 1, whose k and v are `tile`, their outputs; the next tile.
+    """The state after tokens t0 .. min(t0 + BLOCK_T, end) - 1, whose k and v are `tile`; their outputs; the next tile.
 
     A walk starts a tile before `begin`, only to load its first one.
     """
@@ -302,18 +302,16 @@ def walk_tile(
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, PAIRED, PTX,
         )  # fmt: skip
     else:
-        steps = tl.where(t0 < begin, 0, tl.minimum(BLOCK_T, end - t0))
-        vectors = load_vectors(
-            w, u, c, C, P, BLOCK_C, BLOCK_T
-        )  # anew: the fast path has no registers for them
-        A, B, O, rest = exact_tile(
-            A, B, O, rest, vectors, k, v, weights, None, output, plane, row, steps, c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, PTX,
-        )  # fmt: skip
-        nothing = no_tile(source, BLOCK_T)
-        tile = load_tile(
-            source, row + BLOCK_T * STEP, next_is_full, nothing, C, BLOCK_C, BLOCK_T, STEP, PAIRED
-        )
+        if t0 >= begin:
+            # Anew: the fast path has no registers left for them.
+            vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
+            A, B, O, rest = exact_tile(
+                A, B, O, rest, vectors, k, v, weights, None, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, PTX,
+            )  # fmt: skip
+        next_row = row + BLOCK_T * STEP
+        tile = no_tile(source, BLOCK_T)  # keeping this one's registers would cost the exact path some
+        tile = load_tile(source, next_row, next_is_full, tile, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
     return A, B, O, rest, tile
 
 
