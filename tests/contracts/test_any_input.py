@@ -85,6 +85,15 @@ def test_a_state_far_from_the_tokens(implementation: Implementation, exponent: f
     CONTRACTS["any finite input"](implementation, case)
 
 
+@everywhere()
+@pytest.mark.parametrize("exponent", [95.0, 120.0, 165.0, 280.0])
+def test_tokens_that_vanish_beside_the_state(implementation: Implementation, exponent: float) -> None:
+    """2^-137 to 2^-400 of it: beyond float32, though whole tiles are computed in the state's unit."""
+    case = case_of(implementation, B=1, T=40, P=2, C=4, state="random", k_range=1.0, log_decays=(-9.0, -4.0))
+    case.initial_state[:, 2] = exponent
+    CONTRACTS["any finite input"](implementation, case)
+
+
 @everywhere(is_kernel=False)
 def test_an_exponent_that_drifts(implementation: Implementation) -> None:
     """A state of exponent 1149, under decays of 1e-6 to 3e-4, in float64: a rounding of each sum adds up."""

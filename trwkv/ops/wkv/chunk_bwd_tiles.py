@@ -320,8 +320,9 @@ def walk_tile_back(
     """Adjoint before token t0 from that after the tile, whose first state is (A, B, A_exponent)."""
     row = row0 + t0 * STEP
     is_full = t0 + BLOCK_T <= end
+    missing = tl.maximum(t0 + BLOCK_T - end, 0)
     k_rows, v_rows = load_tile(
-        source, row, is_full, no_tile(source, BLOCK_T), C, BLOCK_C, BLOCK_T, STEP, PAIRED
+        source, row, missing, no_tile(source, BLOCK_T), C, BLOCK_C, BLOCK_T, STEP, PAIRED
     )
     top, is_safe = tile_stabiliser(k_rows, A_exponent, fast, P, BLOCK_T, PAIRED, PTX)
     if is_safe & is_full:

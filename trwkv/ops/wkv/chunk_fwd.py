@@ -242,13 +242,12 @@ def tile_source(k, v, c0, c, BLOCK_C: tl.constexpr, PAIRED: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    ptr, row, c, is_there, old, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
+    ptr, row, c, missing, old, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T rows of one tensor of a tile; where they are not there, and to give them the same registers, `old`."""
+    """BLOCK_T rows of k or of v; `old`, whose registers they take, where tokens are `missing`."""
     WIDTH: tl.constexpr = 2 if PAIRED else 1
-    if C % BLOCK_C != 0:
-        is_there = is_there & (c < C // WIDTH)
+    is_there = c + missing * C < C // WIDTH  # not missing == 0: that is uniform, and copied for every load
     out = ()
     for j in tl.static_range(BLOCK_T):
         p_row = ptr + (row + j * STEP) * (C // WIDTH) + c
@@ -270,14 +269,14 @@ def no_tile(source, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    source, row, is_there, old,
+    source, row, missing, old,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """k and v of BLOCK_T tokens, or `old`, another tile whose registers they take."""
+    """k and v of BLOCK_T tokens, unless some are `missing`: then `old`, another tile, whose registers they take."""
     k, v, c = source
     old_k, old_v = old
-    k_rows = load_rows(k, row, c, is_there, old_k, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
-    v_rows = load_rows(v, row, c, is_there, old_v, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
+    k_rows = load_rows(k, row, c, missing, old_k, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
+    v_rows = load_rows(v, row, c, missing, old_v, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
     return k_rows, v_rows
 
 
@@ -293,12 +292,12 @@ def walk_tile(
     """
     row = row0 + t0 * STEP
     is_full = (t0 >= begin) & (t0 + BLOCK_T <= end)
-    next_is_full = t0 + 2 * BLOCK_T <= end
+    missing = tl.maximum(t0 + 2 * BLOCK_T - end, 0)  # tokens that the next tile lacks
     k_rows, v_rows = tile
     top, is_safe = tile_stabiliser(k_rows, O, fast, P, BLOCK_T, PAIRED, PTX)
     if is_safe & is_full:
         A, B, O, rest, tile = fast_tile(
-            A, B, O, rest, top, k_rows, v_rows, source, next_is_full, fast, weights, output, row, c,
+            A, B, O, rest, top, k_rows, v_rows, source, missing, fast, weights, output, row, c,
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, PAIRED, PTX,
         )  # fmt: skip
     else:
@@ -311,13 +310,13 @@ def walk_tile(
             )  # fmt: skip
         next_row = row + BLOCK_T * STEP
         tile = no_tile(source, BLOCK_T)  # keeping this one's registers would cost the exact path some
-        tile = load_tile(source, next_row, next_is_full, tile, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
+        tile = load_tile(source, next_row, missing, tile, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
     return A, B, O, rest, tile
 
 
 @triton.jit
 def fast_tile(
-    A, B, O, rest, top, k_rows, v_rows, source, next_is_full, fast, weights, output, row, c,
+    A, B, O, rest, top, k_rows, v_rows, source, missing, fast, weights, output, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -344,13 +343,13 @@ def fast_tile(
         e_rows += (exp_near(widen(k_rows[j], PAIRED), top),)
     p_k, p_v, c_tile = source
     next_row = row + BLOCK_T * STEP
-    k_rows = load_rows(p_k, next_row, c_tile, next_is_full, k_rows, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
+    k_rows = load_rows(p_k, next_row, c_tile, missing, k_rows, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
     next_v_rows = ()
     for j in tl.static_range(BLOCK_T):
         e = e_rows[j]
         ev = e * widen(v_rows[j], PAIRED)
         next_v_rows += load_rows(
-            p_v, next_row + j * STEP, c_tile, next_is_full, (v_rows[j],), C, BLOCK_C, 1, STEP, PAIRED
+            p_v, next_row + j * STEP, c_tile, missing, (v_rows[j],), C, BLOCK_C, 1, STEP, PAIRED
         )
         y = ()
         A_next = ()

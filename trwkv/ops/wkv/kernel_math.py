@@ -219,8 +219,8 @@ def normalise(A, B, O):
 
 @triton.jit
 def normalise_positive(B, O):
-    """`normalise` for B a normal number."""
-    field = (B.to(tl.int32, bitcast=True) >> 23) & 255
+    """`normalise` for B a normal number, above 0."""
+    field = B.to(tl.int32, bitcast=True) >> 23
     shift = (field | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 126.0)
     return ((253 - field) << 23).to(tl.float32, bitcast=True), O + shift
 
