@@ -57,6 +57,16 @@ def _gpu_name(index: int | None) -> str:
     return torch.cuda.get_device_name(index)
 
 
+def has_bfloat16_instructions(device: torch.device) -> bool:
+    """Whether a GPU computes with bfloat16 itself: not NVIDIA's before compute capability 8.0. A CPU stands for one."""
+    return device.type != "cuda" or _capability(device.index) >= (8, 0)
+
+
+@lru_cache(maxsize=64)
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 @lru_cache(maxsize=1)
 def tuning_file() -> Path:
     """Where `trwkv.ops.tune` saves what it finds: TRWKV_TUNING_FILE (read once), or in the user's cache."""

@@ -16,7 +16,7 @@ SEGMENT = 64
 """Tokens between two states that the forward keeps for the backward: 3 P / 64 floats per token and channel."""
 
 MAX_PERSPECTIVES = 8
-"""The kernels unroll the perspectives: with 7 and 8 the backward spills some registers (docs/performance.md)."""
+"""The kernels unroll the perspectives: from 6 on the backward spills some registers (docs/performance.md)."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
-from trwkv.ops._dispatch import device_guard, is_inline_ptx_available, is_interpreting
+from trwkv.ops._dispatch import (
+    device_guard,
+    has_bfloat16_instructions,
+    is_inline_ptx_available,
+    is_interpreting,
+)
 from trwkv.ops._tuning import SEGMENT, Config, chunk_length, config_for
 from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel, wkv_chunk_bwd_scan_kernel
 from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel
@@ -117,6 +122,7 @@ def _is_paired(call: KernelCall, block_c: int) -> bool:
         call.k.dtype == call.v.dtype == torch.bfloat16
         and block_c >= 2 * lanes
         and call.sizes[3] % 2 == 0
+        and has_bfloat16_instructions(call.k.device)
         and call.k.data_ptr() % 4 == call.v.data_ptr() % 4 == 0
     )
 
