@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from trwkv.ops.wkv.chunk_bwd_tiles import walk_tile_back
-from trwkv.ops.wkv.chunk_fwd import no_tile, tile_source, walk_tile
+from trwkv.ops.wkv.chunk_fwd import walk_tile
 from trwkv.ops.wkv.kernel_math import (
     carry,
     fast_vectors,
@@ -27,6 +27,7 @@ from trwkv.ops.wkv.kernel_math import (
     zeros,
 )
 from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk, locate_sequence
+from trwkv.ops.wkv.kernel_tiles import no_tile, tile_source
 
 
 @triton.jit

@@ -6,7 +6,7 @@ As in the forward there is a fast path, in one exponent, and an exact one for an
 import triton
 import triton.language as tl
 
-from trwkv.ops.wkv.chunk_fwd import channel_weights, load_tile, no_tile, tile_stabiliser, token_weights
+from trwkv.ops.wkv.chunk_fwd import channel_weights, tile_stabiliser, token_weights
 from trwkv.ops.wkv.kernel_math import (
     EMPTY,
     carry,
@@ -22,6 +22,7 @@ from trwkv.ops.wkv.kernel_math import (
     store_row,
     widen,
 )
+from trwkv.ops.wkv.kernel_tiles import load_tile, no_tile
 
 
 @triton.jit

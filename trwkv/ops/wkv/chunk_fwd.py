@@ -44,6 +44,7 @@ from trwkv.ops.wkv.kernel_math import (
     zeros,
 )
 from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk
+from trwkv.ops.wkv.kernel_tiles import load_rows, load_tile, no_tile, tile_source
 
 
 @triton.jit
@@ -224,60 +225,6 @@ def wkv_chunk_fwd_kernel(
         if SAVE:
             p_last = states + (slot0 + (length + SEGMENT - 1) // SEGMENT) * (3 * P * C)
             store_triple(p_last, c, A, B, O, C, P, BLOCK_C)
-
-
-@triton.jit
-def tile_source(k, v, c0, c, BLOCK_C: tl.constexpr, PAIRED: tl.constexpr):
-    """k, v and channels as tiles are loaded. PAIRED: two bfloat16 as an int32, which stay in one register."""
-    if PAIRED:
-        of_pairs: tl.constexpr = tl.pointer_type(tl.int32)
-        return (
-            k.to(of_pairs, bitcast=True),
-            v.to(of_pairs, bitcast=True),
-            c0 // 2 + tl.arange(0, BLOCK_C // 2),
-        )
-    else:
-        return k, v, c
-
-
-@triton.jit
-def load_rows(
-    ptr, row, c, missing, old, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    PAIRED: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_T rows of k or of v; `old`, whose registers they take, where tokens are `missing`."""
-    WIDTH: tl.constexpr = 2 if PAIRED else 1
-    is_there = c + missing * C < C // WIDTH  # not missing == 0: that is uniform, and copied for every load
-    out = ()
-    for j in tl.static_range(BLOCK_T):
-        p_row = ptr + (row + j * STEP) * (C // WIDTH) + c
-        out += (tl.load(p_row, mask=is_there, other=old[j]),)
-    return out
-
-
-@triton.jit
-def no_tile(source, BLOCK_T: tl.constexpr):
-    """What stands for the tile before the first: rows of zeros, never used."""
-    k, v, c = source
-    k_rows = ()
-    v_rows = ()
-    for _ in tl.static_range(BLOCK_T):
-        k_rows += (tl.zeros_like(c).to(k.dtype.element_ty),)
-        v_rows += (tl.zeros_like(c).to(v.dtype.element_ty),)
-    return k_rows, v_rows
-
-
-@triton.jit
-def load_tile(
-    source, row, missing, old,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr, PAIRED: tl.constexpr,
-):  # fmt: skip
-    """k and v of BLOCK_T tokens, unless some are `missing`: then `old`, another tile, whose registers they take."""
-    k, v, c = source
-    old_k, old_v = old
-    k_rows = load_rows(k, row, c, missing, old_k, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
-    v_rows = load_rows(v, row, c, missing, old_v, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
-    return k_rows, v_rows
 
 
 @triton.jit
