@@ -266,16 +266,8 @@ def exact_tile_bwd(
         e, exponent = split_k(load_row(k + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
         grad_y, g = load_grad_y(
-            grad_output + (row + at * STEP) * WIDTH,
-            weights,
-            of_channels,
-            row + at * STEP,
-            c,
-            C,
-            P,
-            BLOCK_C,
-            WEIGHTS,
-        )
+            grad_output + (row + at * STEP) * WIDTH, weights, of_channels, row + at * STEP, c, C, P, BLOCK_C, WEIGHTS
+        )  # fmt: skip
         a, b, O, joined, dw_tile, du_tile, dweights, from_num, from_den, rows_y = exact_token_bwd(
             a, b, O, joined, dw_tile, du_tile, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
             decay, decay_exponent, bonus, bonus_exponent, P, PTX,
