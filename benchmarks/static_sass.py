@@ -80,18 +80,21 @@ def _follow(
     inner: list[tuple[int, int]],
 ) -> FastPath:
     """From the loop's first instruction to its branch back: of all ways around the loops within, the one that computes
-    most exponentials, which are unrolled on the fast path alone.
+    most exponentials, which are unrolled on the fast path alone; of those the shortest.
     """
     after: dict[int, int] = {}  # the next instruction
-    most: dict[int, float] = {end: 0.0}  # exponentials from here to the end
+    value: dict[int, tuple[float, int]] = {end: (0.0, 0)}  # exponentials from here to the end; instructions, negative
     for at in range(end - 1, begin - 1, -1):
         opcode, target, is_conditional = program[at]
         goes_to = labels.get(target, -1) if opcode.startswith("BRA") else -1
         ways = [] if opcode.startswith("BRA") and not is_conditional else [at + 1]
         ways += [goes_to] if at < goes_to <= end else []
-        best = max(ways, key=lambda way: most[way], default=end)
+        best = max(ways, key=lambda way: value[way], default=end)
         is_within = any(a <= at <= b for a, b in inner)
-        most[at] = float("-inf") if is_within or not ways else most[best] + (opcode == "MUFU.EX2")
+        exponentials, negative_length = value[best]
+        if is_within or not ways:
+            exponentials = float("-inf")
+        value[at] = (exponentials + (opcode == "MUFU.EX2"), negative_length - 1)
         after[at] = best
     opcodes: Counter[str] = Counter()
     at = begin

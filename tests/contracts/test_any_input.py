@@ -94,6 +94,25 @@ def test_tokens_that_vanish_beside_the_state(implementation: Implementation, exp
     CONTRACTS["any finite input"](implementation, case)
 
 
+@everywhere()
+@pytest.mark.parametrize("distance, log_decays", [(300.0, (-9.0, -4.0)), (60.0, (0.0, 1.5))], ids=["slow", "fast"])
+def test_perspectives_far_apart(
+    implementation: Implementation, distance: float, log_decays: tuple[float, float]
+) -> None:
+    """States that outweigh each other by up to e^600: those that fade quickly meet, and then differ again."""
+    case = case_of(implementation, B=1, T=40, P=3, C=2, state="random", k_range=1.0, log_decays=log_decays)
+    case.initial_state[:, 2] = distance * torch.tensor([[[0.0], [-1.0], [1.0]]])
+    case.k[:, 24:26] += distance
+    CONTRACTS["any finite input"](implementation, case)
+
+
+@everywhere()
+def test_a_fresh_perspective_beside_others(implementation: Implementation) -> None:
+    case = case_of(implementation, B=1, T=12, P=3, C=2, state="random", k_range=1.0, log_decays=(-9.0, 0.0))
+    case.initial_state[:, :2, 1] = 0.0
+    CONTRACTS["any finite input"](implementation, case)
+
+
 @everywhere(is_kernel=False)
 def test_an_exponent_that_drifts(implementation: Implementation) -> None:
     """A state of exponent 1149, under decays of 1e-6 to 3e-4, in float64: a rounding of each sum adds up."""

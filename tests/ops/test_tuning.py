@@ -50,6 +50,7 @@ def test_a_saved_configuration_is_taken(file, k) -> None:
         '{"Some GPU": {"P = 2, bfloat16": {}}}',
         '{"Some GPU": {"P = 2, bfloat16": {"config": {"fwd_block_c": 32}}}}',
         json.dumps({"Some GPU": {"P = 2, bfloat16": {"config": vars(FOUND) | {"fwd_block_t": 3}}}}),
+        json.dumps({"Some GPU": {"P = 2, bfloat16": {"config": vars(FOUND) | {"bwd_block_t": 1}}}}),
     ],
 )
 def test_a_broken_file_is_named(file, k, text: str) -> None:
@@ -60,7 +61,7 @@ def test_a_broken_file_is_named(file, k, text: str) -> None:
 
 
 def test_the_fastest_is_found(monkeypatch) -> None:
-    """By a clock that prefers one block size, and a number of programs on the single row."""
+    """By a clock that prefers one block size, a number of programs on the single row, and T in one piece."""
     monkeypatch.setattr(tune, "BLOCK_C", (32,))
     monkeypatch.setattr(tune, "FWD_BLOCK_T", (4, 8))
     monkeypatch.setattr(tune, "BWD_BLOCK_T", (2,))
@@ -71,14 +72,23 @@ def test_the_fastest_is_found(monkeypatch) -> None:
         step()
         config = config_for(1)
         runs[config] += 1
-        return 1 + (config.fwd_block_t != 8) + (config.bwd_block_t != 2) + (config.programs != 4096)
+        wrong = (config.fwd_block_t != 8, config.bwd_block_t != 2, config.programs != 4096, config.undivided_from > 1)
+        return 1 + sum(wrong)
 
     lines = []
     config, measured = tune.search(1, torch.float32, (1, 9, 4), "cpu", timer=clock, report=lines.append)
     assert (config.fwd_block_t, config.bwd_block_t, config.programs) == (8, 2, 4096)
+    assert config.undivided_from == 1  # one row of four channels is one column
     assert (config.fwd_block_c, config.bwd_block_c) == (32, 32)
     assert measured["forward"] < measured["forward, as shipped"]
-    assert len(lines) == sum(runs.values()) == 3 + 2 + 2
+    assert len(lines) == sum(runs.values()) == 3 + 2 + 2 + 2
+
+
+@pytest.mark.parametrize("B, C, chunks", [(1, 64, 16), (32, 768, 5), (32, 800, 1), (64, 1024, 1)])
+def test_t_is_divided_where_columns_are_few(B: int, C: int, chunks: int) -> None:
+    length = _tuning.chunk_length(_tuning.Config(64, 16, 64, 8), B, 4096, C, block_c=64)
+    assert length % _tuning.SEGMENT == 0
+    assert -(-4096 // length) == chunks
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch) -> None:

@@ -23,8 +23,8 @@ MAX_PERSPECTIVES = 8
 class Config:
     """One configuration of the chunk kernels. Every program is one warp over `block_c` channels.
 
-    `programs` is the number of programs wanted in flight: with fewer (batch x channel blocks), T is divided among more.
-    `chunk_len` is the number of tokens a program walks: None lets `chunk_length` decide.
+    `programs` is the number of programs wanted in flight: with fewer (batch x channel blocks), T is divided among more,
+    but not from `undivided_from` of them on: where T is divided, k and v are read twice. `chunk_len` is the number of tokens a program walks: None lets `chunk_length` decide.
     """
 
     fwd_block_c: int
@@ -32,16 +32,17 @@ class Config:
     bwd_block_c: int
     bwd_block_t: int
     programs: int = 2048  # about 16 on each of 132 multiprocessors
+    undivided_from: int = 400  # about 3
     chunk_len: int | None = None
 
 
 CONFIGS = {
     1: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
     2: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
-    3: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
+    3: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
     4: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
-    6: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=4),
-    8: Config(fwd_block_c=32, fwd_block_t=8, bwd_block_c=32, bwd_block_t=4),
+    6: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
+    8: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=4),
 }
 """What ships. Measured on no GPU yet: chosen by the registers and instructions that the compiler reports (sm_90)."""
 
@@ -122,6 +123,8 @@ def _config(entry: Any, file: Path, name: str) -> Config:
     sizes = (config.fwd_block_c, config.fwd_block_t, config.bwd_block_c, config.bwd_block_t, config.programs)
     if not all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in sizes):
         raise ValueError(f"{file}: {name}: expected powers of two; got {config}")
+    if config.bwd_block_t * 32 < SEGMENT:
+        raise ValueError(f"{file}: {name}: expected bwd_block_t of at least {SEGMENT // 32}; got {config.bwd_block_t}")
     return config
 
 
@@ -136,13 +139,15 @@ def pin_config(**changes: int) -> Iterator[None]:
 
 
 def chunk_length(config: Config, B: int, T: int, C: int, block_c: int) -> int:
-    """Tokens per program: all of T when batch and channels fill the machine, else enough chunks to do so.
+    """Tokens per program: all of T when batch and channels keep the machine busy, else enough chunks to fill it.
 
     A multiple of SEGMENT, and at least four of them: the chunks' summaries cost a second reading of k and v.
     """
     if config.chunk_len is not None:
         return max(SEGMENT, -(-config.chunk_len // SEGMENT) * SEGMENT)
     columns = max(1, B) * -(-C // block_c)
-    chunks = max(1, min(config.programs // columns, T // (4 * SEGMENT)))
     segments = -(-T // SEGMENT)
+    if columns >= config.undivided_from:
+        return max(1, segments) * SEGMENT
+    chunks = max(1, min(config.programs // columns, T // (4 * SEGMENT)))
     return max(1, -(-segments // chunks)) * SEGMENT

@@ -61,7 +61,7 @@ def search(
     it and of the shipped one.
 
     Forward and backward are searched apart, then the number of programs on one row of the same size (B T tokens), where
-    T must be divided. `timer` returns the milliseconds of a function; by default triton.testing.do_bench.
+    T must be divided, and whether it had better be for the shape itself. `timer` returns the milliseconds of a function; by default triton.testing.do_bench.
     """
     if timer is None:
         from triton.testing import do_bench
@@ -69,13 +69,9 @@ def search(
         timer = do_bench
     B, T, C = shape
     many, one = make_problem(P, dtype, B, T, C, device), make_problem(P, dtype, 1, B * T, C, device)
-    best = config_for(P)
     measured = {}
-    for name, kernel, problem, variants in (
-        ("forward", "forward", many, _products(fwd_block_c=BLOCK_C, fwd_block_t=FWD_BLOCK_T)),
-        ("backward", "backward", many, _products(bwd_block_c=BLOCK_C, bwd_block_t=BWD_BLOCK_T)),
-        ("one row, forward", "forward", one, _products(programs=PROGRAMS)),
-    ):
+
+    def fastest(name: str, kernel: str, problem: Problem, best: Config, *variants: dict[str, int]) -> Config:
         step = problem.step(kernel)
         with pin_config(**asdict(best)):
             expected = step()
@@ -88,6 +84,15 @@ def search(
         measured[f"{name}, as shipped"] = times[best]
         best = min(times, key=lambda config: times[config])
         measured[name] = times[best]
+        return best
+
+    best = config_for(P)
+    best = fastest("forward", "forward", many, best, *_products(fwd_block_c=BLOCK_C, fwd_block_t=FWD_BLOCK_T))
+    best = fastest("backward", "backward", many, best, *_products(bwd_block_c=BLOCK_C, bwd_block_t=BWD_BLOCK_T))
+    best = fastest("one row, forward", "forward", one, best, *_products(programs=PROGRAMS))
+    columns = B * -(-C // best.fwd_block_c)
+    otherwise = columns if columns < best.undivided_from else columns + 1
+    best = fastest("forward, divided or not", "forward", many, best, {"undivided_from": otherwise})
     return best, measured
 
 

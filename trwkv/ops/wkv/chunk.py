@@ -242,7 +242,7 @@ def _launch_backward(
     adjoints, vectors = floats(plan.programs, 3, P, C), floats(plan.programs, 3, P, C)
     if is_packed:
         vectors.zero_()  # programs without a chunk write none
-    scratch = floats(plan.n_blocks * plan.programs, SEGMENT // block_t, 3, P, plan.block_c)
+    scratch = floats(plan.n_blocks * plan.programs, 3 * P * (SEGMENT // block_t + 1) + 1, plan.block_c)
 
     def walk(is_grads: bool) -> None:
         wkv_chunk_bwd_kernel[(plan.n_blocks * plan.programs,)](

@@ -11,7 +11,7 @@ forward state at the same position. There a and b are bounded by the sum of |gra
 import triton
 import triton.language as tl
 
-from trwkv.ops.wkv.chunk_bwd_tiles import walk_tile_back
+from trwkv.ops.wkv.chunk_bwd_tiles import store_entered, walk_tile_back
 from trwkv.ops.wkv.chunk_fwd import walk_tile
 from trwkv.ops.wkv.kernel_math import (
     carry,
@@ -21,6 +21,7 @@ from trwkv.ops.wkv.kernel_math import (
     load_triple,
     load_vectors,
     pow2,
+    put_away,
     scale_exactly,
     store_triple,
     user_exponent,
@@ -28,6 +29,7 @@ from trwkv.ops.wkv.kernel_math import (
 )
 from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk, locate_sequence
 from trwkv.ops.wkv.kernel_tiles import no_tile, tile_source
+from trwkv.ops.wkv.kernel_unit import enter_tile, exponents
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def wkv_chunk_bwd_kernel(
     grad_final_state,  # [N, 3, P, C]
     states,  # [slots, 3, P, C]: before every segment, and after the last; see kernel_rows
     adjoints,  # [programs along T, 3, P, C]: at the start of each chunk
-    scratch,  # [programs, SEGMENT / BLOCK_T, 3, P, BLOCK_C]
+    scratch,  # [programs, SEGMENT / BLOCK_T, 3, P, BLOCK_C] and, after each program's, [3 P + 1, BLOCK_C]
     grad_k,  # [rows, C]
     grad_v,  # [rows, C]
     grad_weights,  # [n_blocks, rows, P]: this block of channels' share
@@ -94,6 +96,7 @@ def wkv_chunk_bwd_kernel(
 ):
     n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tiles: tl.constexpr = SEGMENT // BLOCK_T
+    tl.static_assert(tiles <= 32, "a bit for each")
     STEP: tl.constexpr = -1 if REVERSE else 1
     i_c = tl.program_id(0) % n_blocks
     index = tl.program_id(0) // n_blocks
@@ -111,12 +114,14 @@ def wkv_chunk_bwd_kernel(
             return
     p_states = states + first_slot(i_s, first, SEGMENT, slots, VARLEN, 2) * (3 * P * C)
     p_adjoint = adjoints + index.to(tl.int64) * (3 * P * C)
-    p_scratch = scratch + tl.program_id(0).to(tl.int64) * (tiles * 3 * P * BLOCK_C)
+    p_scratch = scratch + tl.program_id(0).to(tl.int64) * ((3 * P * (tiles + 1) + 1) * BLOCK_C)
     if WEIGHTS == "token":
         grad_weights += i_c.to(tl.int64) * rows * P
 
     vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
     fast = fast_vectors(vectors, P, BLOCK_T)
+    fast = put_away(fast, p_scratch + tiles * 3 * P * BLOCK_C, P, BLOCK_C)
+    tl.debug_barrier()  # what is in scratch may be read by other lanes than wrote it
     p_final = grad_final_state
     if HAS_FINAL:
         p_final += i_s * (3 * P * C)
@@ -127,6 +132,7 @@ def wkv_chunk_bwd_kernel(
         a, b, O = load_triple(p_adjoint + 3 * P * C, c, C, P, BLOCK_C)
     else:
         a, b, O = load_last_adjoint(p_end, p_final, c, C, P, BLOCK_C, False)
+    is_joint = begin > end
     rest = zeros(2 * P, BLOCK_C)
     dw = zeros(P, BLOCK_C)
     du = zeros(P, BLOCK_C)
@@ -138,29 +144,40 @@ def wkv_chunk_bwd_kernel(
         segment = begin + (n_segments - 1 - i_s) * SEGMENT
         stop = tl.minimum(segment + SEGMENT, end)
         n_tiles = (stop - segment + BLOCK_T - 1) // BLOCK_T
-        A, B, A_exponent = load_triple(
+        A, B, O_state = load_triple(
             p_states + (segment // SEGMENT).to(tl.int64) * (3 * P * C), c, C, P, BLOCK_C
         )
         state_rest = zeros(2 * P, BLOCK_C)
         tile = no_tile(source, BLOCK_T)
+        is_fast = begin > end
+        fast_tiles = 0  # a bit for each
         for i in range(n_tiles):
-            A, B, A_exponent, state_rest, tile = walk_tile(
-                A, B, A_exponent, state_rest, fast, tile, source, w, u, k, v, weights, grad_k, 0, row0,
-                segment + (i - 1) * BLOCK_T, segment, stop, c,
+            t0 = segment + i * BLOCK_T
+            A, B, O_state, state_rest, bound, is_joint_state, tile = walk_tile(
+                A, B, O_state, state_rest, is_fast, fast, tile, source, w, u, k, v, weights, grad_k, 0, row0,
+                t0 - BLOCK_T, segment, stop, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, "none", PAIRED, PTX,
             )  # fmt: skip
-            store_triple(p_scratch + i * (3 * P * BLOCK_C), lane, A, B, A_exponent, BLOCK_C, P, BLOCK_C)
-        tl.debug_barrier()  # the scratch rows are read back by other lanes if the compiler lays them out otherwise
+            A, B, O_state, state_rest, is_fast = enter_tile(
+                A, B, O_state, state_rest, bound, is_joint_state, tile[0], t0 + BLOCK_T <= stop, fast,
+                P, BLOCK_T, PAIRED, PTX,
+            )  # fmt: skip
+            fast_tiles |= is_fast.to(tl.int32) << i
+            store_entered(p_scratch + i * (3 * P * BLOCK_C), lane, A, B, O_state, is_fast, P, BLOCK_C)
+        tl.debug_barrier()
         for i in range(n_tiles):
             at = n_tiles - 1 - i
-            A, B, A_exponent = load_triple(p_scratch + at * (3 * P * BLOCK_C), lane, BLOCK_C, P, BLOCK_C)
+            is_fast = (fast_tiles >> at) & 1 == 1
             a, b, O, rest, dw, du, dweights = walk_tile_back(
-                a, b, O, rest, dw, du, dweights, A, B, A_exponent, fast, source, w, u, k, v, weights, grad_output,
+                a, b, O, rest, is_joint, dw, du, dweights, is_fast,
+                p_scratch + at * (3 * P * BLOCK_C), fast, source, w, u, k, v, weights, grad_output,
                 grad_k, grad_v, grad_weights, row0, segment + at * BLOCK_T, stop, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PAIRED, PTX,
             )  # fmt: skip
+            is_joint = is_fast
         tl.debug_barrier()
 
+    O = exponents(O, is_joint, P)
     if GRADS:
         store_triple(grad_vectors + index.to(tl.int64) * (3 * P * C), c, dw, du, dweights, C, P, BLOCK_C)
         if i_n == 0:

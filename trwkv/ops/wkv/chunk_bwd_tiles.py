@@ -6,7 +6,7 @@ As in the forward there is a fast path, in one exponent, and an exact one for an
 import triton
 import triton.language as tl
 
-from trwkv.ops.wkv.chunk_fwd import channel_weights, tile_stabiliser, token_weights
+from trwkv.ops.wkv.chunk_fwd import channel_weights, token_weights
 from trwkv.ops.wkv.kernel_math import (
     EMPTY,
     carry,
@@ -14,15 +14,41 @@ from trwkv.ops.wkv.kernel_math import (
     exact_update,
     exp_near,
     load_row,
+    load_triple,
     load_vectors,
     negative,
     pow2,
     reciprocal,
     split_k,
     store_row,
+    taken,
     widen,
 )
 from trwkv.ops.wkv.kernel_tiles import load_tile, no_tile
+from trwkv.ops.wkv.kernel_unit import exponents
+
+
+@triton.jit
+def store_entered(ptr, lane, A, B, O, is_fast, P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[3, P, BLOCK_C] for a tile's way back, of which a fast one takes 2 P + 1."""
+    for p in tl.static_range(P):
+        tl.store(ptr + p * BLOCK_C + lane, A[p])
+        tl.store(ptr + (P + p) * BLOCK_C + lane, B[p])
+    tl.store(ptr + 2 * P * BLOCK_C + lane, O[0])
+    if not is_fast:
+        for p in tl.static_range(1, P):
+            tl.store(ptr + (2 * P + p) * BLOCK_C + lane, O[p])
+
+
+@triton.jit
+def load_entered(ptr, lane, P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A, B and their common exponent, where `store_entered` put them for a fast tile."""
+    A = ()
+    B = ()
+    for p in tl.static_range(P):
+        A += (tl.load(ptr + p * BLOCK_C + lane),)
+        B += (tl.load(ptr + (P + p) * BLOCK_C + lane),)
+    return A, B, tl.load(ptr + 2 * P * BLOCK_C + lane)
 
 
 @triton.jit
@@ -62,34 +88,36 @@ def store_token_grads(
 
 @triton.jit
 def fast_tile_bwd(
-    a, b, O, rest, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, fast, weights, grad_output,
+    a, b, O, rest, dw, du, dweights, A, B, top, k_rows, v_rows, fast, weights, grad_output,
     grad_k, grad_v, grad_weights, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back."""
+    """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back.
+
+    The adjoint is joint: O[0] is its exponent.
+    """
     W, U, tile_W, tile_W_low, _, _ = fast
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C
     p_grad = grad_output + row * WIDTH
     p_grad_k = grad_k + row * C
     p_grad_v = grad_v + row * C
-    A_rows = ()  # entry j * P + p: before token j
-    B_rows = ()
+    A_rows = A  # entry j * P + p: before token j
+    B_rows = B
     a_row = ()
     b_row = ()
     joined = ()
     dw_tile = ()
     du_tile = ()
+    scale = pow2(top - O[0])
     for p in tl.static_range(P):
-        A_rows += (A[p] * pow2(A_exponent[p] - top),)
-        B_rows += (B[p] * pow2(A_exponent[p] - top),)
-        a_row += (a[p] * pow2(top - O[p]),)
-        b_row += (b[p] * pow2(top - O[p]),)
+        a_row += (a[p] * scale,)
+        b_row += (b[p] * scale,)
         dw_tile += (tl.zeros([BLOCK_C], tl.float32),)
         du_tile += (tl.zeros([BLOCK_C], tl.float32),)
     for i in tl.static_range(2 * P):
-        joined += (rest[i] * pow2(top - O[i % P]),)
+        joined += (rest[i] * scale,)
     a_end = a_row
     b_end = b_row
     a = a_row
@@ -159,11 +187,16 @@ def fast_tile_bwd(
     dw_next = ()
     du_next = ()
     for p in tl.static_range(P):
-        p_a, p_a_rest = carry(a_end[p], joined[p], tile_W[p], tile_W_low[p])
-        p_b, p_b_rest = carry(b_end[p], joined[P + p], tile_W[p], tile_W_low[p])
+        decay = taken(tile_W[p])
+        decay_low = taken(tile_W_low[p])
+        p_a, p_a_rest = carry(a_end[p], joined[p], decay, decay_low)
+        p_b, p_b_rest = carry(b_end[p], joined[P + p], decay, decay_low)
         a_begin += (p_a,)
         b_begin += (p_b,)
-        O_begin += (top,)
+        if p == 0:
+            O_begin += (top,)
+        else:
+            O_begin += (O[p],)
         a_rest += (p_a_rest,)
         b_rest += (p_b_rest,)
         dw_next += (tl.fma(W[p], dw_tile[p], dw[p]),)
@@ -305,30 +338,50 @@ def exact_tile_bwd(
 
 @triton.jit
 def walk_tile_back(
-    a, b, O, rest, dw, du, dweights, A, B, A_exponent, fast, source, w, u, k, v, weights, grad_output,
+    a, b, O, rest, is_joint, dw, du, dweights, is_fast, p_entered, fast, source, w, u, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Adjoint before token t0 from that after the tile, whose first state is (A, B, A_exponent)."""
+    """Adjoint before token t0 from that after the tile; p_entered: where `store_entered` put the tile's first state."""
     row = row0 + t0 * STEP
-    is_full = t0 + BLOCK_T <= end
-    missing = tl.maximum(t0 + BLOCK_T - end, 0)
-    k_rows, v_rows = load_tile(
-        source, row, missing, no_tile(source, BLOCK_T), C, BLOCK_C, BLOCK_T, STEP, PAIRED
-    )
-    top, is_safe = tile_stabiliser(k_rows, A_exponent, fast, P, BLOCK_T, PAIRED, PTX)
-    if is_safe & is_full:
+    lane = tl.arange(0, BLOCK_C)
+    if is_fast:
+        A, B, top = load_entered(p_entered, lane, P, BLOCK_C)
+        tile = no_tile(source, BLOCK_T)
+        k_rows, v_rows = load_tile(source, row, 0, tile, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
+        if not is_joint:
+            a, b, O, rest = join_adjoint(a, b, O, rest, top, P)
         a, b, O, rest, dw, du, dweights = fast_tile_bwd(
-            a, b, O, rest, dw, du, dweights, A, B, A_exponent, top, k_rows, v_rows, fast, weights, grad_output,
+            a, b, O, rest, dw, du, dweights, A, B, top, k_rows, v_rows, fast, weights, grad_output,
             grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PAIRED, PTX,
         )  # fmt: skip
     else:
         # Anew: the fast path has no registers left for them.
         vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
+        A, B, A_exponent = load_triple(p_entered, lane, BLOCK_C, P, BLOCK_C)
+        O = exponents(O, is_joint, P)
         a, b, O, rest, dw, du, dweights = exact_tile_bwd(
             a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
             grad_k, grad_v, grad_weights, row, tl.minimum(BLOCK_T, end - t0), c,
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PTX,
         )  # fmt: skip
     return a, b, O, rest, dw, du, dweights
+
+
+@triton.jit
+def join_adjoint(a, b, O, rest, top, P: tl.constexpr):
+    """An adjoint that has an exponent for each perspective, with `top` for all."""
+    a_out = ()
+    b_out = ()
+    O_out = ()
+    a_rest = ()
+    b_rest = ()
+    for p in tl.static_range(P):
+        scale = pow2(top - O[p])
+        a_out += (a[p] * scale,)
+        b_out += (b[p] * scale,)
+        O_out += (top,)
+        a_rest += (rest[p] * scale,)
+        b_rest += (rest[P + p] * scale,)
+    return a_out, b_out, O_out, a_rest + b_rest

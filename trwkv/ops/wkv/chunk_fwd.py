@@ -15,23 +15,18 @@ import triton
 import triton.language as tl
 
 from trwkv.ops.wkv.kernel_math import (
-    SAFE_DEPTH,
-    SAFE_TOP,
     carry,
     empty_state,
     exact_carry,
     exact_output,
     exact_update,
     exp_near,
-    exponent_near,
-    extremes,
+    exponent_above,
     fast_vectors,
     load_row,
     load_triple,
     load_user_state,
     load_vectors,
-    normalise_positive,
-    pow2,
     reciprocal,
     scale_exactly,
     sigmoid,
@@ -39,12 +34,14 @@ from trwkv.ops.wkv.kernel_math import (
     store_row,
     store_triple,
     store_user_state,
+    taken,
     user_exponent,
     widen,
     zeros,
 )
 from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk
 from trwkv.ops.wkv.kernel_tiles import load_rows, load_tile, no_tile, tile_source
+from trwkv.ops.wkv.kernel_unit import enter_tile, join, split
 
 
 @triton.jit
@@ -118,23 +115,6 @@ def store_token_state(
 
 
 @triton.jit
-def tile_stabiliser(
-    k_rows, O, fast, P: tl.constexpr, BLOCK_T: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr
-):
-    """The exponent that one tile computes in, and whether every sum in it stays within SAFE_BITS then; not with NaN."""
-    k_max, k_min = extremes(k_rows, PAIRED, PTX, BLOCK_T)
-    top = exponent_near(k_max)
-    bottom = exponent_near(k_min)
-    for p in tl.static_range(P):
-        top = tl.maximum(top, O[p], propagate_nan=tl.PropagateNan.ALL)
-    _, _, _, _, token_limit, carried_limit = fast
-    safe = (tl.abs(top) <= SAFE_TOP) & (bottom - top >= -SAFE_DEPTH)
-    for p in tl.static_range(P):
-        safe = safe & ((bottom - top >= token_limit[p]) | (O[p] - top >= carried_limit[p]))
-    return top, tl.min(safe.to(tl.int32), 0) > 0
-
-
-@triton.jit
 def wkv_chunk_fwd_kernel(
     w,  # [P, C]
     u,  # [P, C]
@@ -198,25 +178,29 @@ def wkv_chunk_fwd_kernel(
     rest = zeros(2 * P, BLOCK_C)
 
     if OUTPUT == "states":
-        walk_begin = begin
-    else:
-        walk_begin = begin - BLOCK_T
-        source = tile_source(k, v, c0, c, BLOCK_C, PAIRED)
-        tile = no_tile(source, BLOCK_T)
-    for t0 in range(walk_begin, end, BLOCK_T):
-        if SAVE and OUTPUT != "none":
-            if t0 % SEGMENT == 0:
-                store_triple(states + (slot0 + t0 // SEGMENT) * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
-        if OUTPUT == "states":
+        for t0 in range(begin, end, BLOCK_T):
             A, B, O, rest = exact_tile(
                 A, B, O, rest, vectors, k, v, weights, None, output, plane, row0 + t0 * STEP,
                 tl.minimum(BLOCK_T, end - t0), c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, PTX,
             )  # fmt: skip
-        else:
-            A, B, O, rest, tile = walk_tile(
-                A, B, O, rest, fast, tile, source, w, u, k, v, weights, output, plane, row0, t0, begin, end, c,
+    else:
+        source = tile_source(k, v, c0, c, BLOCK_C, PAIRED)
+        tile = no_tile(source, BLOCK_T)
+        is_fast = begin > end  # nor does the tile before the first do anything but load it
+        for t0 in range(begin - BLOCK_T, end, BLOCK_T):
+            A, B, O, rest, bound, is_joint, tile = walk_tile(
+                A, B, O, rest, is_fast, fast, tile, source, w, u, k, v, weights, output, plane, row0, t0, begin, end, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, PAIRED, PTX,
             )  # fmt: skip
+            t1 = t0 + BLOCK_T
+            if SAVE and OUTPUT != "none":
+                if (t1 % SEGMENT == 0) & (t1 < end):
+                    p_saved = states + (slot0 + t1 // SEGMENT) * (3 * P * C)
+                    A_saved, B_saved, O_saved, _ = split(A, B, O, rest, is_joint, P)
+                    store_triple(p_saved, c, A_saved, B_saved, O_saved, C, P, BLOCK_C)
+            A, B, O, rest, is_fast = enter_tile(
+                A, B, O, rest, bound, is_joint, tile[0], t1 + BLOCK_T <= end, fast, P, BLOCK_T, PAIRED, PTX
+            )
 
     if OUTPUT == "none":
         store_triple(p_slot + slots_per_chunk * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
@@ -229,24 +213,24 @@ def wkv_chunk_fwd_kernel(
 
 @triton.jit
 def walk_tile(
-    A, B, O, rest, fast, tile, source, w, u, k, v, weights, output, plane, row0, t0, begin, end, c,
+    A, B, O, rest, is_fast, fast, tile, source, w, u, k, v, weights, output, plane, row0, t0, begin, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The state after tokens t0 .. min(t0 + BLOCK_T, end) - 1, whose k and v are `tile`; their outputs; the next tile.
+    """From the state that `enter_tile` has prepared for tokens t0 .. min(t0 + BLOCK_T, end) - 1, whose k and v are `tile`,
+    to that after them, a bound of it and whether it is joint; their outputs; and the next tile.
 
     A walk starts a tile before `begin`, only to load its first one.
     """
     row = row0 + t0 * STEP
-    is_full = (t0 >= begin) & (t0 + BLOCK_T <= end)
     missing = tl.maximum(t0 + 2 * BLOCK_T - end, 0)  # tokens that the next tile lacks
     k_rows, v_rows = tile
-    top, is_safe = tile_stabiliser(k_rows, O, fast, P, BLOCK_T, PAIRED, PTX)
-    if is_safe & is_full:
-        A, B, O, rest, tile = fast_tile(
-            A, B, O, rest, top, k_rows, v_rows, source, missing, fast, weights, output, row, c,
+    if is_fast:
+        A, B, O, rest, bound, tile = fast_tile(
+            A, B, O, rest, k_rows, v_rows, source, missing, fast, weights, output, row, c,
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, PAIRED, PTX,
         )  # fmt: skip
+        is_joint = is_fast
     else:
         if t0 >= begin:
             # Anew: the fast path has no registers left for them.
@@ -255,36 +239,29 @@ def walk_tile(
                 A, B, O, rest, vectors, k, v, weights, None, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, PTX,
             )  # fmt: skip
+        A, B, O, rest, bound, is_joint = join(A, B, O, rest, P)
         next_row = row + BLOCK_T * STEP
         tile = no_tile(source, BLOCK_T)  # keeping this one's registers would cost the exact path some
         tile = load_tile(source, next_row, missing, tile, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
-    return A, B, O, rest, tile
+    return A, B, O, rest, bound, is_joint, tile
 
 
 @triton.jit
 def fast_tile(
-    A, B, O, rest, top, k_rows, v_rows, source, missing, fast, weights, output, row, c,
+    A, B, O, rest, k_rows, v_rows, source, missing, fast, weights, output, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """One exponent, `top`, for all perspectives and tokens: multiply-adds and a reciprocal per perspective.
+    """One exponent, O[0], for all perspectives and tokens: multiply-adds and a reciprocal per perspective.
 
     Rows of the next tile are loaded as soon as those of this one are done with, into their registers.
     """
     W, U, tile_W, tile_W_low, _, _ = fast
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
-    A_row = ()
-    B_row = ()
-    joined = ()
-    for p in tl.static_range(P):
-        A_row += (A[p] * pow2(O[p] - top),)
-        B_row += (B[p] * pow2(O[p] - top),)
-    for i in tl.static_range(2 * P):
-        joined += (rest[i] * pow2(O[i % P] - top),)
-    A_begin = A_row
-    B_begin = B_row
-    A = A_row
-    B = B_row
+    top = O[0]
+    joined = rest
+    A_begin = A
+    B_begin = B
     e_rows = ()
     for j in tl.static_range(BLOCK_T):
         e_rows += (exp_near(widen(k_rows[j], PAIRED), top),)
@@ -315,21 +292,24 @@ def fast_tile(
         joined = joined_next
         if OUTPUT == "y":
             store_output(output, row + j * STEP, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS)
-    O_end = ()
     A_end = ()
     B_end = ()
     A_rest = ()
     B_rest = ()
     for p in tl.static_range(P):
-        a, a_rest = carry(A_begin[p], joined[p], tile_W[p], tile_W_low[p])
-        b, b_rest = carry(B_begin[p], joined[P + p], tile_W[p], tile_W_low[p])
-        scale, o = normalise_positive(b, top)
-        A_end += (a * scale,)
-        B_end += (b * scale,)
-        O_end += (o,)
-        A_rest += (a_rest * scale,)
-        B_rest += (b_rest * scale,)
-    return A_end, B_end, O_end, A_rest + B_rest, (k_rows, next_v_rows)
+        decay = taken(tile_W[p])
+        decay_low = taken(tile_W_low[p])
+        a, a_rest = carry(A_begin[p], joined[p], decay, decay_low)
+        b, b_rest = carry(B_begin[p], joined[P + p], decay, decay_low)
+        A_end += (a,)
+        B_end += (b,)
+        A_rest += (a_rest,)
+        B_rest += (b_rest,)
+        if p == 0:
+            largest = b
+        else:
+            largest = tl.maximum(largest, b)
+    return A_end, B_end, O, A_rest + B_rest, top + exponent_above(largest), (k_rows, next_v_rows)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ EMPTY = tl.constexpr(-1073741824.0)  # -2^30: below any reachable exponent, and 
 EMPTY_EXP = tl.constexpr(-1e38)  # exponent of an empty state as the user sees it
 K_LIMIT = tl.constexpr(8388608.0)  # 2^23: beyond it float32 exponents would stop being exact integers
 SAFE_BITS = tl.constexpr(60.0)  # how far below the stabiliser a tile may reach on the fast path
-SAFE_DEPTH = tl.constexpr(250.0)  # how far below it a token may be there that counts for nothing
+SAFE_DEPTH = tl.constexpr(125.0)  # how far below it a token may be there that counts for nothing
 SAFE_TOP = tl.constexpr(1048576.0)  # 2^20: how far from 0 the stabiliser may be on the fast path
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: x + MAGIC is x rounded to an integer, held in the lowest bits
 MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -57,14 +57,14 @@ def exponent_near(k):
 @triton.jit
 def exp_near(k, top):
     """exp(k) / 2^top, with the bits of `split_k`, for |k| and |top| up to 2 SAFE_TOP, and of k nothing further below
-    than SAFE_DEPTH; 0, or denormal, where it is below 2^-126.
+    than SAFE_DEPTH: a normal number.
     """
     unit = MAGIC - top  # the same for all tokens of a tile
     rounded = tl.fma(k, LOG2E, unit)
     mantissa = mantissa_of(k, rounded - unit)
-    # One instruction adds the exponent to the mantissa's own; beneath all exponents the sum is a negative integer.
+    # One instruction adds the exponent to the mantissa's own.
     bits = mantissa.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)
-    return tl.maximum(bits, 0).to(tl.float32, bitcast=True)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -184,15 +184,15 @@ def load_vectors(w, u, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexp
 
 @triton.jit
 def fast_vectors(vectors, P: tl.constexpr, BLOCK_T: tl.constexpr):
-    """What the fast path takes of them, as plain numbers: decay, bonus, decay of a tile and its remainder; and how far
-    below the stabiliser tokens, or else the state, may lie.
+    """What the fast path takes of them, as plain numbers: decay, bonus, decay of a tile and its remainder; and in the
+    tile's exponent what tokens (a power of two, of them all), or else the state (a number), may not fall below.
     """
     decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
     W = ()
     U = ()
     tile_W = ()
     tile_W_low = ()
-    token_limit = ()
+    token_limit = tl.zeros_like(decay[0]) - SAFE_BITS
     carried_limit = ()
     for p in tl.static_range(P):
         W += (decay[p] * pow2(decay_exponent[p]),)
@@ -200,12 +200,11 @@ def fast_vectors(vectors, P: tl.constexpr, BLOCK_T: tl.constexpr):
         size = pow2(tile_exponent[p])
         tile_W += (tile_decay[p] * size,)
         tile_W_low += (tile_decay_low[p] * size,)
-        bounded = (bonus_exponent[p] <= SAFE_BITS) & (BLOCK_T * decay_exponent[p] <= SAFE_BITS)
-        limit = tl.where(bounded, -SAFE_BITS, float("inf"))
-        token_limit += (limit - tl.minimum(bonus_exponent[p], 0.0),)
-        carried_limit += (
-            limit + tl.maximum(bonus_exponent[p], 0.0) - BLOCK_T * (decay_exponent[p] - 1.0) + 2.0,
-        )
+        is_bounded = (bonus_exponent[p] <= SAFE_BITS) & (BLOCK_T * decay_exponent[p] <= SAFE_BITS)
+        limit = tl.where(is_bounded, -SAFE_BITS, float("inf"))
+        token_limit = tl.maximum(token_limit, limit - tl.minimum(bonus_exponent[p], 0.0))
+        limit += tl.maximum(bonus_exponent[p], 0.0) - BLOCK_T * (decay_exponent[p] - 1.0)
+        carried_limit += (tl.where(limit <= 1.0, pow2(tl.minimum(limit, 1.0)), float("inf")),)
     return W, U, tile_W, tile_W_low, token_limit, carried_limit
 
 
@@ -218,11 +217,38 @@ def normalise(A, B, O):
 
 
 @triton.jit
-def normalise_positive(B, O):
-    """`normalise` for B a normal number, above 0."""
-    field = B.to(tl.int32, bitcast=True) >> 23
-    shift = (field | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 126.0)
-    return ((253 - field) << 23).to(tl.float32, bitcast=True), O + shift
+def put_away(fast, ptr, P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """`fast_vectors` with what a tile takes once only in memory, at ptr [3 P + 1, BLOCK_C]: pointers in its place."""
+    W, U, tile_W, tile_W_low, token_limit, carried_limit = fast
+    ptr += tl.arange(0, BLOCK_C)
+    tl.store(ptr, token_limit)
+    p_tile_W = ()
+    p_tile_W_low = ()
+    p_carried_limit = ()
+    for p in tl.static_range(P):
+        tl.store(ptr + (3 * p + 1) * BLOCK_C, tile_W[p])
+        tl.store(ptr + (3 * p + 2) * BLOCK_C, tile_W_low[p])
+        tl.store(ptr + (3 * p + 3) * BLOCK_C, carried_limit[p])
+        p_tile_W += (ptr + (3 * p + 1) * BLOCK_C,)
+        p_tile_W_low += (ptr + (3 * p + 2) * BLOCK_C,)
+        p_carried_limit += (ptr + (3 * p + 3) * BLOCK_C,)
+    return W, U, p_tile_W, p_tile_W_low, ptr, p_carried_limit
+
+
+@triton.jit
+def taken(x):
+    """x, or what it points at."""
+    if x.dtype.is_ptr():
+        return tl.load(x)
+    else:
+        return x
+
+
+@triton.jit
+def exponent_above(x):
+    """The n with x in [2^(n - 1), 2^n), for x a normal number, above 0."""
+    field = x.to(tl.int32, bitcast=True) >> 23
+    return (field | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 126.0)
 
 
 @triton.jit
