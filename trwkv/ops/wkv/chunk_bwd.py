@@ -134,9 +134,11 @@ def wkv_chunk_bwd_kernel(
         a, b, O = load_last_adjoint(p_end, p_final, c, C, P, BLOCK_C, False)
     is_joint = begin > end
     rest = zeros(2 * P, BLOCK_C)
-    dw = zeros(P, BLOCK_C)
-    du = zeros(P, BLOCK_C)
-    dweights = zeros(P, BLOCK_C)
+    p_vectors = grad_vectors + index.to(tl.int64) * (3 * P * C)
+    if GRADS:
+        none = zeros(P, BLOCK_C)
+        store_triple(p_vectors, c, none, none, none, C, P, BLOCK_C)
+        tl.debug_barrier()
 
     source = tile_source(k, v, c0, c, BLOCK_C, PAIRED)
     n_segments = (end - begin + SEGMENT - 1) // SEGMENT
@@ -168,21 +170,17 @@ def wkv_chunk_bwd_kernel(
         for i in range(n_tiles):
             at = n_tiles - 1 - i
             is_fast = (fast_tiles >> at) & 1 == 1
-            a, b, O, rest, dw, du, dweights = walk_tile_back(
-                a, b, O, rest, is_joint, dw, du, dweights, is_fast,
+            a, b, O, rest = walk_tile_back(
+                a, b, O, rest, is_joint, is_fast,
                 p_scratch + at * (3 * P * BLOCK_C), fast, source, w, u, k, v, weights, grad_output,
-                grad_k, grad_v, grad_weights, row0, segment + at * BLOCK_T, stop, c,
+                grad_k, grad_v, grad_weights, p_vectors, row0, segment + at * BLOCK_T, stop, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PAIRED, PTX,
             )  # fmt: skip
             is_joint = is_fast
         tl.debug_barrier()
 
     O = exponents(O, is_joint, P)
-    if GRADS:
-        store_triple(grad_vectors + index.to(tl.int64) * (3 * P * C), c, dw, du, dweights, C, P, BLOCK_C)
-        if i_n == 0:
-            store_triple(p_adjoint, c, a, b, O, C, P, BLOCK_C)
-    else:
+    if not GRADS or i_n == 0:
         store_triple(p_adjoint, c, a, b, O, C, P, BLOCK_C)
 
 

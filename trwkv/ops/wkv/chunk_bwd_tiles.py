@@ -23,6 +23,7 @@ from trwkv.ops.wkv.kernel_math import (
     store_row,
     taken,
     widen,
+    zeros,
 )
 from trwkv.ops.wkv.kernel_tiles import load_tile, no_tile
 from trwkv.ops.wkv.kernel_unit import exponents
@@ -87,9 +88,26 @@ def store_token_grads(
 
 
 @triton.jit
+def add_to_vectors(
+    ptr, c, decay, dw, bonus, du, dweights,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile's share to the gradients of w, u and [P, C] weights at ptr [3, P, C]: registers have no room for them."""
+    for p in tl.static_range(P):
+        p_dw = ptr + p * C
+        store_row(p_dw, c, tl.fma(decay[p], dw[p], load_row(p_dw, c, C, BLOCK_C, 0.0)), C, BLOCK_C)
+        p_du = ptr + (P + p) * C
+        store_row(p_du, c, tl.fma(bonus[p], du[p], load_row(p_du, c, C, BLOCK_C, 0.0)), C, BLOCK_C)
+        if WEIGHTS == "channel":
+            p_dweights = ptr + (2 * P + p) * C
+            store_row(p_dweights, c, load_row(p_dweights, c, C, BLOCK_C, 0.0) + dweights[p], C, BLOCK_C)
+    tl.debug_barrier()  # other lanes may read than wrote
+
+
+@triton.jit
 def fast_tile_bwd(
-    a, b, O, rest, dw, du, dweights, A, B, top, k_rows, v_rows, fast, weights, grad_output,
-    grad_k, grad_v, grad_weights, row, c,
+    a, b, O, rest, A, B, top, k_rows, v_rows, fast, weights, grad_output,
+    grad_k, grad_v, grad_weights, grad_vectors, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -108,14 +126,13 @@ def fast_tile_bwd(
     a_row = ()
     b_row = ()
     joined = ()
-    dw_tile = ()
-    du_tile = ()
+    dw = zeros(P, BLOCK_C)
+    du = zeros(P, BLOCK_C)
+    dweights = zeros(P, BLOCK_C)
     scale = pow2(top - O[0])
     for p in tl.static_range(P):
         a_row += (a[p] * scale,)
         b_row += (b[p] * scale,)
-        dw_tile += (tl.zeros([BLOCK_C], tl.float32),)
-        du_tile += (tl.zeros([BLOCK_C], tl.float32),)
     for i in tl.static_range(2 * P):
         joined += (rest[i] * scale,)
     a_end = a_row
@@ -159,8 +176,8 @@ def fast_tile_bwd(
                 else:
                     from_num += tl.fma(U[p], grad_num, a[p])
                     from_den += tl.fma(U[p], grad_den, b[p])
-                du_next += (tl.fma(ev, grad_num, tl.fma(e, grad_den, du_tile[p])),)
-                dw_next += (tl.fma(a[p], j_A, tl.fma(b[p], j_B, dw_tile[p])),)
+                du_next += (tl.fma(ev, grad_num, tl.fma(e, grad_den, du[p])),)
+                dw_next += (tl.fma(a[p], j_A, tl.fma(b[p], j_B, dw[p])),)
                 if WEIGHTS == "channel":
                     dweights_next += (tl.fma(g, y[p], dweights[p]),)
             a_next += (tl.fma(W[p], a[p], grad_num),)
@@ -171,8 +188,8 @@ def fast_tile_bwd(
         b = b_next
         joined = a_joined + b_joined
         if GRADS:
-            du_tile = du_next
-            dw_tile = dw_next
+            du = du_next
+            dw = dw_next
             if WEIGHTS == "channel":
                 dweights = dweights_next
             store_token_grads(
@@ -184,8 +201,6 @@ def fast_tile_bwd(
     O_begin = ()
     a_rest = ()
     b_rest = ()
-    dw_next = ()
-    du_next = ()
     for p in tl.static_range(P):
         decay = taken(tile_W[p])
         decay_low = taken(tile_W_low[p])
@@ -199,9 +214,9 @@ def fast_tile_bwd(
             O_begin += (O[p],)
         a_rest += (p_a_rest,)
         b_rest += (p_b_rest,)
-        dw_next += (tl.fma(W[p], dw_tile[p], dw[p]),)
-        du_next += (tl.fma(U[p], du_tile[p], du[p]),)
-    return a_begin, b_begin, O_begin, a_rest + b_rest, dw_next, du_next, dweights
+    if GRADS:
+        add_to_vectors(grad_vectors, c, W, dw, U, du, dweights, C, P, BLOCK_C, WEIGHTS)
+    return a_begin, b_begin, O_begin, a_rest + b_rest
 
 
 @triton.jit
@@ -257,8 +272,8 @@ def exact_token_bwd(
 
 @triton.jit
 def exact_tile_bwd(
-    a, b, O, rest, dw, du, dweights, A0, B0, O0, vectors, k, v, weights, grad_output,
-    grad_k, grad_v, grad_weights, row, steps, c,
+    a, b, O, rest, A0, B0, O0, vectors, k, v, weights, grad_output,
+    grad_k, grad_v, grad_weights, grad_vectors, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -270,11 +285,9 @@ def exact_tile_bwd(
     b_end = b
     O_end = O
     joined = rest
-    dw_tile = ()
-    du_tile = ()
-    for p in tl.static_range(P):
-        dw_tile += (tl.zeros_like(a[p]),)
-        du_tile += (tl.zeros_like(a[p]),)
+    dw = zeros(P, BLOCK_C)
+    du = zeros(P, BLOCK_C)
+    dweights = zeros(P, BLOCK_C)
     for i in range(steps):
         at = steps - 1 - i
         A = A0
@@ -301,8 +314,8 @@ def exact_tile_bwd(
         grad_y, g = load_grad_y(
             grad_output + (row + at * STEP) * WIDTH, weights, of_channels, row + at * STEP, c, C, P, BLOCK_C, WEIGHTS
         )  # fmt: skip
-        a, b, O, joined, dw_tile, du_tile, dweights, from_num, from_den, rows_y = exact_token_bwd(
-            a, b, O, joined, dw_tile, du_tile, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
+        a, b, O, joined, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
+            a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
             decay, decay_exponent, bonus, bonus_exponent, P, PTX,
         )  # fmt: skip
         if GRADS:
@@ -310,13 +323,8 @@ def exact_tile_bwd(
                 grad_k + (row + at * STEP) * C, grad_v + (row + at * STEP) * C, grad_weights, row + at * STEP, c,
                 e, i_v, from_num, from_den, g, rows_y, C, P, BLOCK_C, WEIGHTS,
             )  # fmt: skip
-    dw_next = ()
-    du_next = ()
-    for p in tl.static_range(P):
-        dw_next += (tl.fma(decay[p], dw_tile[p], dw[p]),)
-        du_next += (tl.fma(bonus[p], du_tile[p], du[p]),)
-    dw = dw_next
-    du = du_next
+    if GRADS:
+        add_to_vectors(grad_vectors, c, decay, dw, bonus, du, dweights, C, P, BLOCK_C, WEIGHTS)
     if steps == BLOCK_T:
         a_begin = ()
         b_begin = ()
@@ -333,13 +341,13 @@ def exact_tile_bwd(
         a = a_begin
         b = b_begin
         rest = a_rest + b_rest
-    return a, b, O, rest, dw, du, dweights
+    return a, b, O, rest
 
 
 @triton.jit
 def walk_tile_back(
-    a, b, O, rest, is_joint, dw, du, dweights, is_fast, p_entered, fast, source, w, u, k, v, weights, grad_output,
-    grad_k, grad_v, grad_weights, row0, t0, end, c,
+    a, b, O, rest, is_joint, is_fast, p_entered, fast, source, w, u, k, v, weights, grad_output,
+    grad_k, grad_v, grad_weights, grad_vectors, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -352,21 +360,21 @@ def walk_tile_back(
         k_rows, v_rows = load_tile(source, row, 0, tile, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
         if not is_joint:
             a, b, O, rest = join_adjoint(a, b, O, rest, top, P)
-        a, b, O, rest, dw, du, dweights = fast_tile_bwd(
-            a, b, O, rest, dw, du, dweights, A, B, top, k_rows, v_rows, fast, weights, grad_output,
-            grad_k, grad_v, grad_weights, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PAIRED, PTX,
+        a, b, O, rest = fast_tile_bwd(
+            a, b, O, rest, A, B, top, k_rows, v_rows, fast, weights, grad_output,
+            grad_k, grad_v, grad_weights, grad_vectors, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PAIRED, PTX,
         )  # fmt: skip
     else:
         # Anew: the fast path has no registers left for them.
         vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
         A, B, A_exponent = load_triple(p_entered, lane, BLOCK_C, P, BLOCK_C)
         O = exponents(O, is_joint, P)
-        a, b, O, rest, dw, du, dweights = exact_tile_bwd(
-            a, b, O, rest, dw, du, dweights, A, B, A_exponent, vectors, k, v, weights, grad_output,
-            grad_k, grad_v, grad_weights, row, tl.minimum(BLOCK_T, end - t0), c,
+        a, b, O, rest = exact_tile_bwd(
+            a, b, O, rest, A, B, A_exponent, vectors, k, v, weights, grad_output,
+            grad_k, grad_v, grad_weights, grad_vectors, row, tl.minimum(BLOCK_T, end - t0), c,
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PTX,
         )  # fmt: skip
-    return a, b, O, rest, dw, du, dweights
+    return a, b, O, rest
 
 
 @triton.jit
