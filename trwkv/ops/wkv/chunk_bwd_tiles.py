@@ -272,7 +272,7 @@ def exact_token_bwd(
 
 @triton.jit
 def exact_tile_bwd(
-    a, b, O, rest, A0, B0, O0, vectors, k, v, weights, grad_output,
+    a, b, O, rest, p_entered, vectors, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, grad_vectors, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PTX: tl.constexpr,
@@ -281,6 +281,7 @@ def exact_tile_bwd(
     decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C
+    lane = tl.arange(0, BLOCK_C)
     a_end = a
     b_end = b
     O_end = O
@@ -290,9 +291,7 @@ def exact_tile_bwd(
     dweights = zeros(P, BLOCK_C)
     for i in range(steps):
         at = steps - 1 - i
-        A = A0
-        B = B0
-        A_exponent = O0
+        A, B, A_exponent = load_triple(p_entered, lane, BLOCK_C, P, BLOCK_C)
         for m in range(at):
             m_e, m_exponent = split_k(load_row(k + (row + m * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
             m_v = load_row(v + (row + m * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
@@ -367,10 +366,9 @@ def walk_tile_back(
     else:
         # Anew: the fast path has no registers left for them.
         vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
-        A, B, A_exponent = load_triple(p_entered, lane, BLOCK_C, P, BLOCK_C)
         O = exponents(O, is_joint, P)
         a, b, O, rest = exact_tile_bwd(
-            a, b, O, rest, A, B, A_exponent, vectors, k, v, weights, grad_output,
+            a, b, O, rest, p_entered, vectors, k, v, weights, grad_output,
             grad_k, grad_v, grad_weights, grad_vectors, row, tl.minimum(BLOCK_T, end - t0), c,
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PTX,
         )  # fmt: skip
