@@ -107,6 +107,29 @@ def test_perspectives_far_apart(
 
 
 @everywhere()
+def test_a_tile_of_rising_tokens(implementation: Implementation) -> None:
+    """The first of 8 weighs e^-80 of the last, and under a bonus of -60 that is the only one which its output sees."""
+    case = case_of(implementation, B=1, T=8, P=2, C=2, log_decays=(-9.0, 4.0))
+    case.k[:] = torch.linspace(-80.0, 0.0, 8)[:, None]
+    if "u" in case.inputs:
+        case.u[:] = torch.tensor([[-60.0], [0.0]])
+    CONTRACTS["any finite input"](implementation, case)
+
+
+@pytest.mark.parametrize("name", ["wkv/triton-chunk", "wkv/triton-recurrent"])
+def test_values_of_1e37(name: str) -> None:
+    """Their sums would leave float32 if they were not kept below 1: of the second perspective, which forgets little."""
+    implementation = IMPLEMENTATIONS[name]
+    case = implementation.op.case(B=1, T=60, P=2, C=2, k_range=0.1, final_gradient=False)
+    case.w[:] = torch.tensor([[-3.0], [-1e-6]])
+    case.v[:] = 1e37
+    truth = truth_of(implementation.op, case, backward=False)
+    with implementation.configured():
+        output = implementation.run(case.to(implementation.device))[0]
+    implementation.assert_accurate({"output": output}, truth)  # the state's sums do leave it
+
+
+@everywhere()
 def test_a_fresh_perspective_beside_others(implementation: Implementation) -> None:
     case = case_of(implementation, B=1, T=12, P=3, C=2, state="random", k_range=1.0, log_decays=(-9.0, 0.0))
     case.initial_state[:, :2, 1] = 0.0
