@@ -1,7 +1,7 @@
 """Host side of the chunk kernels: plans, allocates, launches."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,7 +44,7 @@ def chunk_forward(
 
     The checkpoint, empty unless `save`, holds of every sequence the state before each SEGMENT tokens and the last one.
     """
-    call = kernel_layout(w, u, k, v, weights, initial_state, cu_seqlens, reverse)
+    call = _layout(w, u, k, v, weights, initial_state, cu_seqlens, reverse)
     output = call.new_output()
     final_state, states = _launch_forward(call, output, "y", save)
     if not save:
@@ -103,10 +103,18 @@ class _Plan(NamedTuple):
         return starts // self.chunk_len + torch.arange(len(starts), device=starts.device)
 
 
-def _plan(config: Config, call: KernelCall, block_c: int) -> _Plan:
+def _layout(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *others: Any) -> KernelCall:
+    if k.ndim == 3:
+        return kernel_layout(w, u, k, v, *others)
+    config = config_for(1, k)
+    return kernel_layout(w, u, k, v, *others, block_c=max(config.fwd_block_c, config.bwd_block_c))
+
+
+def _plan(config: Config, call: KernelCall, block_c: int, groups: int = 1) -> _Plan:
+    """`groups`: how many launches the blocks of channels are divided among."""
     B, T, _, C = call.sizes
     N = call.n_sequences
-    chunk_len = chunk_length(config, B, T, C, block_c)
+    chunk_len = chunk_length(config, B, T, C // groups, block_c)
     n_chunks = max(1, triton.cdiv(T, chunk_len))
     programs = B * n_chunks if call.cu_seqlens is None else T // chunk_len + N
     is_single = n_chunks == 1
@@ -127,12 +135,20 @@ def _is_paired(call: KernelCall, block_c: int) -> bool:
     )
 
 
+def _group_name(group: int, groups: int) -> str:
+    """Which part of a sum over groups the kernel is to take."""
+    if groups == 1:
+        return "only"
+    return "first" if group == 0 else "last" if group == groups - 1 else "middle"
+
+
 def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> tuple[Tensor, Tensor]:
     """Final state (but of empty packed sequences) and checkpoint. `kind`: what `output` is to hold, "y" or "states"."""
     B, T, P, C = call.sizes
     N = call.n_sequences
     config = config_for(P, call.k)
-    plan = _plan(config, call, config.fwd_block_c)
+    groups = call.groups
+    plan = _plan(config, call, config.fwd_block_c, groups)
     is_packed = call.cu_seqlens is not None
     slots = _checkpoint_slots(B, T, N if is_packed else None) if save else plan.programs
     states = torch.empty(slots, 3, P, C, dtype=torch.float32, device=call.k.device)
@@ -145,14 +161,18 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
     slots_per_chunk = plan.chunk_len // SEGMENT if save else 1
     has_initial = call.initial_state is not None
 
-    def walk(kind: str) -> None:
-        wkv_chunk_fwd_kernel[(plan.n_blocks * plan.programs,)](
+    partial = output
+    if groups > 1 and output.dtype != torch.float32:
+        partial = torch.empty_like(output, dtype=torch.float32)
+
+    def walk(kind: str, groups: int = 1, group: int = 0, name: str = "only") -> None:
+        wkv_chunk_fwd_kernel[(plan.n_blocks // groups * plan.programs,)](
             call.w, call.u, call.k, call.v, call.weights, call.initial_state, call.cu_seqlens, states,
-            final_state, output, B * T * P * C, T, plan.chunk_len, plan.n_chunks, N, slots_per_row,
+            final_state, output, partial, group, B * T * P * C, T, plan.chunk_len, plan.n_chunks, N, slots_per_row,
             slots_per_chunk,
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=config.fwd_block_t, SEGMENT=SEGMENT,
             WEIGHTS=call.weights_kind, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
-            HAS_INITIAL=has_initial, OUTPUT=kind, SAVE=save,
+            HAS_INITIAL=has_initial, OUTPUT=kind, SAVE=save, GROUPS=groups, GROUP=name,
             PAIRED=_is_paired(call, plan.block_c), PTX=is_inline_ptx_available(), num_warps=1,
         )  # fmt: skip
 
@@ -164,7 +184,8 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
                 slots_per_chunk,
                 C=C, P=P, BLOCK_C=plan.block_c, VARLEN=is_packed, SAVE=save, HAS_INITIAL=has_initial, num_warps=1,
             )  # fmt: skip
-        walk(kind)
+        for group in range(groups):
+            walk(kind, groups, group, _group_name(group, groups))
     return final_state, states
 
 
@@ -182,8 +203,8 @@ def chunk_backward(
     checkpoint: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of w, u, k, v, weights and initial_state, each in its input's dtype; `checkpoint` from the forward."""
-    call = kernel_layout(w, u, k, v, weights, initial_state, cu_seqlens, reverse)
-    outside = k.ndim == 4 and weights is not None  # the kernels did not see these weights
+    call = _layout(w, u, k, v, weights, initial_state, cu_seqlens, reverse)
+    outside = weights is not None and call.weights is None  # the kernels did not see these weights
     grad_weights = None
     if outside:
         y = call.new_output()
@@ -237,7 +258,7 @@ def _launch_backward(
     grad_k, grad_v = torch.empty_like(call.k), torch.empty_like(call.v)
     grad_weights = floats(plan.n_blocks, B, T, P) if is_token else None
     if N == 0 or T == 0:
-        empty_weights = floats(B, T, P) if is_token else None
+        empty_weights = floats(B, T, P * call.groups) if is_token else None
         return _Gradients(grad_k, grad_v, empty_weights, floats(3, P, C).zero_(), floats(N, 3, P, C))
     adjoints, vectors = floats(plan.programs, 3, P, C), floats(plan.programs, 3, P, C)
     if is_packed:
@@ -250,7 +271,7 @@ def _launch_backward(
             adjoints, scratch, grad_k, grad_v, grad_weights, vectors,
             B * T, T, plan.chunk_len, plan.n_chunks, N, _segments(T) + 1,
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=block_t, SEGMENT=SEGMENT, WEIGHTS=call.weights_kind,
-            VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
+            GROUPS=call.groups, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
             HAS_FINAL=grad_final_state is not None, GRADS=is_grads,
             PAIRED=_is_paired(call, plan.block_c), PTX=is_inline_ptx_available(), num_warps=1,
         )  # fmt: skip
@@ -266,10 +287,16 @@ def _launch_backward(
     return _Gradients(
         grad_k,
         grad_v,
-        grad_weights.sum(0) if is_token else None,
+        _of_groups(grad_weights, call.groups) if is_token else None,
         vectors.sum(0),
         adjoints[plan.first_programs(call)],
     )
+
+
+def _of_groups(shares: Tensor, groups: int) -> Tensor:
+    """The gradient of [B, T, P] weights from every block's share [n_blocks, B, T, 1], or [n_blocks, B, T, P] if shared."""
+    summed = shares.unflatten(0, (groups, -1)).sum(1)
+    return summed.movedim(0, -2).flatten(-2)
 
 
 def _initial_gradient(call: KernelCall, adjoint: Tensor, grad_final_state: Tensor | None) -> Tensor:

@@ -63,9 +63,9 @@ def wkv_chunk_bwd_kernel(
     u,  # [P, C]
     k,  # [rows, C]: B T rows, or those of all packed sequences
     v,  # [rows, C]
-    weights,  # [P, C] or [rows, P]
+    weights,  # [P, C] or [rows, P GROUPS]
     cu_seqlens,  # [N + 1] if VARLEN
-    grad_output,  # [rows, P, C] or [rows, C]
+    grad_output,  # [rows, P, C] or [rows, C / GROUPS]
     grad_final_state,  # [N, 3, P, C]
     states,  # [slots, 3, P, C]: before every segment, and after the last; see kernel_rows
     adjoints,  # [programs along T, 3, P, C]: at the start of each chunk
@@ -86,6 +86,7 @@ def wkv_chunk_bwd_kernel(
     BLOCK_T: tl.constexpr,
     SEGMENT: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    GROUPS: tl.constexpr,
     VARLEN: tl.constexpr,
     REVERSE: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -115,6 +116,11 @@ def wkv_chunk_bwd_kernel(
     p_states = states + first_slot(i_s, first, SEGMENT, slots, VARLEN, 2) * (3 * P * C)
     p_adjoint = adjoints + index.to(tl.int64) * (3 * P * C)
     p_scratch = scratch + tl.program_id(0).to(tl.int64) * ((3 * P * (tiles + 1) + 1) * BLOCK_C)
+    if GROUPS > 1:
+        group = c0 // (C // GROUPS)
+        grad_output -= group * (C // GROUPS)
+        if WEIGHTS == "token":
+            weights += group
     if WEIGHTS == "token":
         grad_weights += i_c.to(tl.int64) * rows * P
 
@@ -156,9 +162,9 @@ def wkv_chunk_bwd_kernel(
         for i in range(n_tiles):
             t0 = segment + i * BLOCK_T
             A, B, O_state, state_rest, bound, is_joint_state, tile = walk_tile(
-                A, B, O_state, state_rest, is_fast, fast, tile, source, w, u, k, v, weights, grad_k, 0, row0,
+                A, B, O_state, state_rest, is_fast, fast, tile, source, w, u, k, v, weights, (grad_k, None), 0, row0,
                 t0 - BLOCK_T, segment, stop, c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, "none", PAIRED, PTX,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, "only", "none", PAIRED, PTX,
             )  # fmt: skip
             A, B, O_state, state_rest, is_fast = enter_tile(
                 A, B, O_state, state_rest, bound, is_joint_state, tile[0], t0 + BLOCK_T <= stop, fast,
@@ -174,7 +180,7 @@ def wkv_chunk_bwd_kernel(
                 a, b, O, rest, is_joint, is_fast,
                 p_scratch + at * (3 * P * BLOCK_C), fast, source, w, u, k, v, weights, grad_output,
                 grad_k, grad_v, grad_weights, p_vectors, row0, segment + at * BLOCK_T, stop, c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PAIRED, PTX,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GRADS, PAIRED, PTX,
             )  # fmt: skip
             is_joint = is_fast
         tl.debug_barrier()

@@ -55,7 +55,7 @@ def load_entered(ptr, lane, P: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def load_grad_y(
     p_grad, weights, of_channels, row, c,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of each perspective's y at one token, and that of the aggregated output (zero when there is none).
 
@@ -68,7 +68,7 @@ def load_grad_y(
             out += (load_row(p_grad + p * C, c, C, BLOCK_C, 0.0).to(tl.float32),)
     else:
         g = load_row(p_grad, c, C, BLOCK_C, 0.0).to(tl.float32)
-        weight = token_weights(weights, of_channels, row, P, WEIGHTS)
+        weight = token_weights(weights, of_channels, row, P, WEIGHTS, GROUPS)
         for p in tl.static_range(P):
             out += (g * weight[p],)
     return out, g
@@ -109,7 +109,7 @@ def fast_tile_bwd(
     a, b, O, rest, A, B, top, k_rows, v_rows, fast, weights, grad_output,
     grad_k, grad_v, grad_weights, grad_vectors, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back.
 
@@ -117,7 +117,7 @@ def fast_tile_bwd(
     """
     W, U, tile_W, tile_W_low, _, _ = fast
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
-    WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C
+    WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C // GROUPS
     p_grad = grad_output + row * WIDTH
     p_grad_k = grad_k + row * C
     p_grad_v = grad_v + row * C
@@ -152,7 +152,7 @@ def fast_tile_bwd(
         j_v = widen(v_rows[j], PAIRED)
         ev = e * j_v
         grad_y, g = load_grad_y(
-            p_grad + j * STEP * WIDTH, weights, of_channels, row + j * STEP, c, C, P, BLOCK_C, WEIGHTS
+            p_grad + j * STEP * WIDTH, weights, of_channels, row + j * STEP, c, C, P, BLOCK_C, WEIGHTS, GROUPS
         )
         y = ()
         a_next = ()
@@ -275,12 +275,12 @@ def exact_tile_bwd(
     a, b, O, rest, p_entered, vectors, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, grad_vectors, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GRADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Any data, up to BLOCK_T tokens: before each token the state is computed anew from the tile's start."""
     decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
-    WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C
+    WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C // GROUPS
     lane = tl.arange(0, BLOCK_C)
     a_end = a
     b_end = b
@@ -311,7 +311,8 @@ def exact_tile_bwd(
         e, exponent = split_k(load_row(k + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
         grad_y, g = load_grad_y(
-            grad_output + (row + at * STEP) * WIDTH, weights, of_channels, row + at * STEP, c, C, P, BLOCK_C, WEIGHTS
+            grad_output + (row + at * STEP) * WIDTH, weights, of_channels, row + at * STEP, c,
+            C, P, BLOCK_C, WEIGHTS, GROUPS,
         )  # fmt: skip
         a, b, O, joined, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
             a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
@@ -348,7 +349,7 @@ def walk_tile_back(
     a, b, O, rest, is_joint, is_fast, p_entered, fast, source, w, u, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, grad_vectors, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Adjoint before token t0 from that after the tile; p_entered: where `store_entered` put the tile's first state."""
     row = row0 + t0 * STEP
@@ -361,7 +362,7 @@ def walk_tile_back(
             a, b, O, rest = join_adjoint(a, b, O, rest, top, P)
         a, b, O, rest = fast_tile_bwd(
             a, b, O, rest, A, B, top, k_rows, v_rows, fast, weights, grad_output,
-            grad_k, grad_v, grad_weights, grad_vectors, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PAIRED, PTX,
+            grad_k, grad_v, grad_weights, grad_vectors, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GRADS, PAIRED, PTX,
         )  # fmt: skip
     else:
         # Anew: the fast path has no registers left for them.
@@ -370,7 +371,7 @@ def walk_tile_back(
         a, b, O, rest = exact_tile_bwd(
             a, b, O, rest, p_entered, vectors, k, v, weights, grad_output,
             grad_k, grad_v, grad_weights, grad_vectors, row, tl.minimum(BLOCK_T, end - t0), c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GRADS, PTX,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GRADS, PTX,
         )  # fmt: skip
     return a, b, O, rest
 

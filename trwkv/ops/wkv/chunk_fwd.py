@@ -3,6 +3,8 @@
 1. `wkv_chunk_fwd_kernel` with OUTPUT="none": what each chunk adds to an empty state.
 2. `wkv_chunk_scan_kernel` (chunk_scan.py): the state before each chunk.
 3. `wkv_chunk_fwd_kernel` with OUTPUT="y": the outputs. With a single chunk it is the only one that runs.
+   k and v of one perspective each come as one perspective of GROUPS times as many channels. Their weighted sum then
+   takes a launch for each group, GROUP "first", "middle" or "last" ("only": there is one): it adds to the sum so far.
    With OUTPUT="states" it stores the state before every token instead, by the exact path alone: the fast one may lose
    a state that its tile's tokens outweigh.
 
@@ -58,31 +60,58 @@ def channel_weights(
 
 
 @triton.jit
-def token_weights(weights, of_channels, row, P: tl.constexpr, WEIGHTS: tl.constexpr):
+def token_weights(weights, of_channels, row, P: tl.constexpr, WEIGHTS: tl.constexpr, GROUPS: tl.constexpr):
     """Aggregation weights of one token (`row` counts tokens over the batch)."""
     out = of_channels
     if WEIGHTS == "token":
         out = ()
         for p in tl.static_range(P):
-            out += (tl.load(weights + row * P + p).to(tl.float32),)
+            out += (tl.load(weights + row * (P * GROUPS) + p).to(tl.float32),)
+    return out
+
+
+@triton.jit
+def sum_so_far(
+    output, row, c,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK_T tokens, what the groups before this one add to the output; zeros, never used, for the first."""
+    _, partial = output
+    out = ()
+    for j in tl.static_range(BLOCK_T):
+        if GROUP == "only" or GROUP == "first":
+            out += (tl.zeros([BLOCK_C], tl.float32),)
+        else:
+            out += (load_row(partial + (row + j * STEP) * (C // GROUPS), c, C, BLOCK_C, 0.0),)
     return out
 
 
 @triton.jit
 def store_output(
-    output, row, c, y, weights, of_channels,
+    output, so_far, row, c, y, weights, of_channels,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y, one [BLOCK_C] per perspective, to output [.., P, C], or its weighted sum to [.., C]."""
+    """y, one [BLOCK_C] per perspective, to output [.., P, C]; or their weighted sum, which `so_far` begins unless this
+    group is the first, to [.., C / GROUPS].
+    """
+    total_ptr, partial = output
     if WEIGHTS == "none":
         for p in tl.static_range(P):
-            store_row(output + (row * P + p) * C, c, y[p], C, BLOCK_C)
+            store_row(total_ptr + (row * P + p) * C, c, y[p], C, BLOCK_C)
     else:
-        w = token_weights(weights, of_channels, row, P, WEIGHTS)
-        total = w[0] * y[0]
+        w = token_weights(weights, of_channels, row, P, WEIGHTS, GROUPS)
+        if GROUP == "only" or GROUP == "first":
+            total = w[0] * y[0]
+        else:
+            total = tl.fma(w[0], y[0], so_far)
         for p in tl.static_range(1, P):
             total = tl.fma(w[p], y[p], total)
-        store_row(output + row * C, c, total, C, BLOCK_C)
+        if GROUP == "only" or GROUP == "last":
+            store_row(total_ptr + row * (C // GROUPS), c, total, C, BLOCK_C)
+        else:
+            store_row(partial + row * (C // GROUPS), c, total, C, BLOCK_C)
 
 
 @triton.jit
@@ -114,18 +143,20 @@ def store_token_state(
         store_row(p_output + plane + plane, c, exp, C, BLOCK_C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def wkv_chunk_fwd_kernel(
     w,  # [P, C]
     u,  # [P, C]
     k,  # [rows, C]: B T rows, or those of all packed sequences
     v,  # [rows, C]
-    weights,  # [P, C] or [rows, P]
+    weights,  # [P, C] or [rows, P GROUPS]
     initial_state,  # [N, 3, P, C], N sequences, as the user has it
     cu_seqlens,  # [N + 1] if VARLEN
     states,  # [slots, 3, P, C], internal form; see kernel_rows
     final_state,  # [N, 3, P, C], as the user sees it
-    output,  # [rows, P, C], [rows, C], or states [3, rows, P, C]
+    output,  # [rows, P, C], [rows, C / GROUPS], or states [3, rows, P, C]
+    partial,  # [rows, C / GROUPS], float32: the sum of the groups so far
+    group,
     plane,  # rows P C
     T,
     chunk_len,
@@ -145,12 +176,22 @@ def wkv_chunk_fwd_kernel(
     HAS_INITIAL: tl.constexpr,
     OUTPUT: tl.constexpr,
     SAVE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
     PAIRED: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    n_blocks: tl.constexpr = (C // GROUPS + BLOCK_C - 1) // BLOCK_C
     STEP: tl.constexpr = -1 if REVERSE else 1
     c0 = (tl.program_id(0) % n_blocks) * BLOCK_C
+    if GROUPS > 1:
+        first_channel = group * (C // GROUPS)
+        c0 += first_channel
+        output -= first_channel
+        partial -= first_channel
+        if WEIGHTS == "token":
+            weights += group
+    sums = (output, partial)
     c = c0 + tl.arange(0, BLOCK_C)
     i_s, i_n, first, length = locate_chunk(
         cu_seqlens, tl.program_id(0) // n_blocks, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE
@@ -180,8 +221,9 @@ def wkv_chunk_fwd_kernel(
     if OUTPUT == "states":
         for t0 in range(begin, end, BLOCK_T):
             A, B, O, rest = exact_tile(
-                A, B, O, rest, vectors, k, v, weights, None, output, plane, row0 + t0 * STEP,
-                tl.minimum(BLOCK_T, end - t0), c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, PTX,
+                A, B, O, rest, vectors, k, v, weights, None, sums, plane, row0 + t0 * STEP,
+                tl.minimum(BLOCK_T, end - t0), c,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, False, PTX,
             )  # fmt: skip
     else:
         source = tile_source(k, v, c0, c, BLOCK_C, PAIRED)
@@ -189,8 +231,8 @@ def wkv_chunk_fwd_kernel(
         is_fast = begin > end  # nor does the tile before the first do anything but load it
         for t0 in range(begin - BLOCK_T, end, BLOCK_T):
             A, B, O, rest, bound, is_joint, tile = walk_tile(
-                A, B, O, rest, is_fast, fast, tile, source, w, u, k, v, weights, output, plane, row0, t0, begin, end, c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, PAIRED, PTX,
+                A, B, O, rest, is_fast, fast, tile, source, w, u, k, v, weights, sums, plane, row0, t0, begin, end, c,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, PAIRED, PTX,
             )  # fmt: skip
             t1 = t0 + BLOCK_T
             if SAVE and OUTPUT != "none":
@@ -215,7 +257,8 @@ def wkv_chunk_fwd_kernel(
 def walk_tile(
     A, B, O, rest, is_fast, fast, tile, source, w, u, k, v, weights, output, plane, row0, t0, begin, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, OUTPUT: tl.constexpr,
+    PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """From the state that `enter_tile` has prepared for tokens t0 .. min(t0 + BLOCK_T, end) - 1, whose k and v are `tile`,
     to that after them, a bound of it and whether it is joint; their outputs; and the next tile.
@@ -228,7 +271,7 @@ def walk_tile(
     if is_fast:
         A, B, O, rest, bound, tile = fast_tile(
             A, B, O, rest, k_rows, v_rows, source, missing, fast, weights, output, row, c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, PAIRED, PTX,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, PAIRED, PTX,
         )  # fmt: skip
         is_joint = is_fast
     else:
@@ -237,7 +280,7 @@ def walk_tile(
             vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
             A, B, O, rest = exact_tile(
                 A, B, O, rest, vectors, k, v, weights, None, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, OUTPUT, False, PTX,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, False, PTX,
             )  # fmt: skip
         A, B, O, rest, bound, is_joint = join(A, B, O, rest, P)
         next_row = row + BLOCK_T * STEP
@@ -250,7 +293,8 @@ def walk_tile(
 def fast_tile(
     A, B, O, rest, k_rows, v_rows, source, missing, fast, weights, output, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, OUTPUT: tl.constexpr,
+    PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One exponent, O[0], for all perspectives and tokens: multiply-adds and a reciprocal per perspective.
 
@@ -258,6 +302,7 @@ def fast_tile(
     """
     W, U, tile_W, tile_W_low, _, _ = fast
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
+    so_far = sum_so_far(output, row, c, C, BLOCK_C, BLOCK_T, STEP, GROUPS, GROUP)
     top = O[0]
     joined = rest
     A_begin = A
@@ -291,7 +336,10 @@ def fast_tile(
         B = B_next
         joined = joined_next
         if OUTPUT == "y":
-            store_output(output, row + j * STEP, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS)
+            store_output(
+                output, so_far[j], row + j * STEP, c, y, weights, of_channels,
+                C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP,
+            )  # fmt: skip
     A_end = ()
     B_end = ()
     A_rest = ()
@@ -316,7 +364,8 @@ def fast_tile(
 def exact_tile(
     A, B, O, rest, vectors, k, v, weights, receptance, output, plane, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, OUTPUT: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, OUTPUT: tl.constexpr,
+    GATED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The same roundings as `fast_tile` with an exponent per perspective and step: any data, up to BLOCK_T tokens.
 
@@ -331,7 +380,7 @@ def exact_tile(
     for i in range(steps):
         i_row = row + i * STEP
         if OUTPUT == "states":
-            store_token_state(output, plane, i_row, c, A, B, O, C, P, BLOCK_C)
+            store_token_state(output[0], plane, i_row, c, A, B, O, C, P, BLOCK_C)
         e, exponent = split_k(load_row(k + i_row * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + i_row * C, c, C, BLOCK_C, 0.0).to(tl.float32)
         y = ()
@@ -359,7 +408,10 @@ def exact_tile(
         if GATED:
             y = gated(y, receptance, i_row, c, C, P, BLOCK_C, WEIGHTS, PTX)
         if OUTPUT == "y":
-            store_output(output, i_row, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS)
+            so_far = sum_so_far(output, i_row, c, C, BLOCK_C, 1, STEP, GROUPS, GROUP)
+            store_output(
+                output, so_far[0], i_row, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP
+            )
     if steps == BLOCK_T:
         A_end = ()
         B_end = ()

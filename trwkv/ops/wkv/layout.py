@@ -1,7 +1,8 @@
 """What the kernels read: contiguous tensors and shared k, v.
 
-k and v of one perspective each, [B, T, P, C], are the shared form with a single perspective of P * C channels. Their
-weighted sum is then taken outside, from float32 outputs.
+k and v of one perspective each, [B, T, P, C], are the shared form with a single perspective of P * C channels, in P
+groups. Their weighted sum is taken by the chunk kernels where no block of channels belongs to two groups, otherwise
+outside, from float32 outputs.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class KernelCall:
     sizes: tuple[int, int, int, int]
     weights_kind: str  # "none", "channel" ([P, C]) or "token" ([B, T, P])
     output_dtype: torch.dtype
+    groups: int  # of channels, whose outputs are summed
 
     @property
     def n_sequences(self) -> int:
@@ -40,7 +42,7 @@ class KernelCall:
 
     def new_output(self) -> Tensor:
         B, T, P, C = self.sizes
-        shape = (B, T, P, C) if self.weights_kind == "none" else (B, T, C)
+        shape = (B, T, P, C) if self.weights_kind == "none" else (B, T, C // self.groups)
         return torch.empty(shape, dtype=self.output_dtype, device=self.k.device)
 
 
@@ -53,27 +55,33 @@ def kernel_layout(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
+    *,
+    block_c: int | None = None,
 ) -> KernelCall:
+    """`block_c`: how many channels a program has, if it is one that can sum groups of them."""
     B, T = k.shape[:2]
     P, C = w.shape
     output_dtype = v.dtype
-    if k.ndim == 4:
-        output_dtype = v.dtype if weights is None else torch.float32
-        w, u = w.reshape(1, P * C), u.reshape(1, P * C)
-        k, v = k.reshape(B, T, P * C), v.reshape(B, T, P * C)
-        initial_state = by_channel(initial_state)
-        weights, P, C = None, 1, P * C
     kind = "none"
+    groups = 1
+    if k.ndim == 4 and weights is not None and (block_c is None or (P > 1 and C % block_c != 0)):
+        weights, output_dtype = None, torch.float32
     if weights is not None:
         kind = "token" if weights.ndim == 3 else "channel"
         weights = (weights[:, None].expand(P, C) if weights.ndim == 1 else weights).contiguous()
+    if k.ndim == 4:
+        w, u = w.reshape(1, P * C), u.reshape(1, P * C)
+        k, v = k.reshape(B, T, P * C), v.reshape(B, T, P * C)
+        initial_state = by_channel(initial_state)
+        groups = 1 if weights is None else P
+        P, C = 1, P * C
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(k.device, non_blocking=True).contiguous()
     return KernelCall(
         w.contiguous(), u.contiguous(), k.contiguous(), v.contiguous(), weights, initial_state,
-        cu_seqlens, reverse, (B, T, P, C), kind, output_dtype,
+        cu_seqlens, reverse, (B, T, P, C), kind, output_dtype, groups,
     )  # fmt: skip
 
 
@@ -104,7 +112,7 @@ def finish_output(
     output: Tensor, weights: Tensor | None, v: Tensor, call: KernelCall, receptance: Tensor | None = None
 ) -> Tensor:
     """The output as the caller wants it, from what the kernels wrote. `receptance`: for a sum taken here."""
-    if v.ndim == 3:
+    if v.ndim == 3 or call.weights_kind != "none":
         return output
     per_perspective = output.view(v.shape)
     if weights is None:
