@@ -28,6 +28,24 @@ def test_across_chunks_of_packed_sequences(name: str) -> None:
     CONTRACTS["agreement"](implementation, case)
 
 
+@pytest.mark.parametrize(
+    "weights, dtype, C",
+    [
+        ("P", torch.float32, 16),
+        ("PC", torch.bfloat16, 32),
+        ("PC", torch.float32, 20),
+        ("BTP", torch.float32, 32),
+    ],
+    ids=str,
+)
+def test_weighted_sums_of_own_keys(weights: str, dtype: torch.dtype, C: int) -> None:
+    """A launch for each perspective adds to the sum where the blocks of 16 channels are those of one; else PyTorch."""
+    implementation = IMPLEMENTATIONS["wkv/triton-chunk"]
+    packed = {"cu_seqlens": (0, 3, 3, 70, 75), "reverse": True} if weights == "BTP" else {}
+    case = case_of(implementation, B=1, T=75, P=3, C=C, shared=False, weights=weights, dtype=dtype, **packed)
+    CONTRACTS["agreement"](implementation, case)
+
+
 DIRECT = {
     "wkv": lambda c: direct_wkv(c.w, c.u, c.k, c.v, c.weights, c.initial_state, _bounds(c), c.reverse),
     "wkv_states": lambda c: direct_states(c.w, c.k, c.v, c.initial_state, _bounds(c), c.reverse),

@@ -57,8 +57,10 @@ def _gpu_name(index: int | None) -> str:
     return torch.cuda.get_device_name(index)
 
 
-def has_bfloat16_instructions(device: torch.device) -> bool:
-    """Whether a GPU computes with bfloat16 itself: not NVIDIA's before compute capability 8.0. A CPU stands for one."""
+def has_packed_instructions(device: torch.device) -> bool:
+    """Whether a GPU computes with pairs of float16 and of bfloat16: not NVIDIA's before compute capability 8.0. A CPU
+    stands for one that does.
+    """
     return device.type != "cuda" or _capability(device.index) >= (8, 0)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trwkv.ops._dispatch import (
     device_guard,
-    has_bfloat16_instructions,
+    has_packed_instructions,
     is_inline_ptx_available,
     is_interpreting,
 )
@@ -123,16 +123,18 @@ def _plan(config: Config, call: KernelCall, block_c: int, groups: int = 1) -> _P
     )
 
 
-def _is_paired(call: KernelCall, block_c: int) -> bool:
-    """Whether k and v may be read as int32, two bfloat16 each, and every lane has two channels side by side."""
+def _paired(call: KernelCall, block_c: int) -> str | None:
+    """The dtype of k and v if they may be read as int32, two numbers each, and every lane has two channels side by side."""
     lanes = 1 if is_interpreting() else 32
-    return (
-        call.k.dtype == call.v.dtype == torch.bfloat16
+    is_paired = (
+        call.k.dtype == call.v.dtype
+        and call.k.dtype.itemsize == 2
         and block_c >= 2 * lanes
         and call.sizes[3] % 2 == 0
-        and has_bfloat16_instructions(call.k.device)
+        and has_packed_instructions(call.k.device)
         and call.k.data_ptr() % 4 == call.v.data_ptr() % 4 == 0
     )
+    return str(call.k.dtype).removeprefix("torch.") if is_paired else None
 
 
 def _group_name(group: int, groups: int) -> str:
@@ -173,7 +175,7 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=config.fwd_block_t, SEGMENT=SEGMENT,
             WEIGHTS=call.weights_kind, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
             HAS_INITIAL=has_initial, OUTPUT=kind, SAVE=save, GROUPS=groups, GROUP=name,
-            PAIRED=_is_paired(call, plan.block_c), PTX=is_inline_ptx_available(), num_warps=1,
+            PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), num_warps=1,
         )  # fmt: skip
 
     with device_guard(call.k.device):
@@ -273,7 +275,7 @@ def _launch_backward(
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=block_t, SEGMENT=SEGMENT, WEIGHTS=call.weights_kind,
             GROUPS=call.groups, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
             HAS_FINAL=grad_final_state is not None, GRADS=is_grads,
-            PAIRED=_is_paired(call, plan.block_c), PTX=is_inline_ptx_available(), num_warps=1,
+            PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), num_warps=1,
         )  # fmt: skip
 
     with device_guard(device):

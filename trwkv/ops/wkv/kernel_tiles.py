@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def tile_source(k, v, c0, c, BLOCK_C: tl.constexpr, PAIRED: tl.constexpr):
-    """k, v and channels as tiles are loaded. PAIRED: two bfloat16 as an int32, which stay in one register."""
-    if PAIRED:
+    """k, v and channels as tiles are loaded. PAIRED: two of 16 bits as an int32, which stay in one register."""
+    if PAIRED is not None:
         of_pairs: tl.constexpr = tl.pointer_type(tl.int32)
         return (
             k.to(of_pairs, bitcast=True),
@@ -24,7 +24,7 @@ def load_rows(
     PAIRED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T rows of k or of v; `old`, whose registers they take, where tokens are `missing`."""
-    WIDTH: tl.constexpr = 2 if PAIRED else 1
+    WIDTH: tl.constexpr = 1 if PAIRED is None else 2
     is_there = c + missing * C < C // WIDTH  # not missing == 0: that is uniform, and copied for every load
     out = ()
     for j in tl.static_range(BLOCK_T):
