@@ -109,10 +109,20 @@ def test_perspectives_far_apart(
 @everywhere()
 def test_tiles_of_rising_tokens(implementation: Implementation) -> None:
     """The first of 4 weighs e^-80 of the last, and with a bonus of -60 it is the only one that its output sees."""
-    case = case_of(implementation, B=1, T=8, P=2, C=2, log_decays=(-9.0, 4.0))
+    case = case_of(implementation, B=1, T=8, P=2, C=2, state="none", log_decays=(-9.0, 4.0))
     case.k[:] = torch.linspace(-80.0, 0.0, 4).repeat(2)[:, None]
     if "u" in case.inputs:
         case.u[:] = torch.tensor([[-60.0], [0.0]])
+    CONTRACTS["any finite input"](implementation, case)
+
+
+@everywhere()
+@pytest.mark.parametrize("w", [-30.0, 30.0])
+def test_a_state_and_few_tokens(implementation: Implementation, w: float) -> None:
+    """A state that outweighs the first token of a tile by e^70 and is forgotten, or grows, by e^30 at each."""
+    case = case_of(implementation, B=1, T=8, P=2, C=2, k_range=1.0, state="random", log_decays=(-9.0, -4.0))
+    case.w[1] = w
+    case.k[:, ::4] -= 70.0
     CONTRACTS["any finite input"](implementation, case)
 
 
