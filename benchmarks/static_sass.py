@@ -83,7 +83,9 @@ def _follow(
     most exponentials, which are unrolled on the fast path alone; of those the shortest.
     """
     after: dict[int, int] = {}  # the next instruction
-    value: dict[int, tuple[float, int]] = {end: (0.0, 0)}  # exponentials from here to the end; instructions, negative
+    value: dict[int, tuple[float, int]] = {
+        end: (0.0, 0)
+    }  # exponentials from here to the end; instructions, negative
     for at in range(end - 1, begin - 1, -1):
         opcode, target, is_conditional = program[at]
         goes_to = labels.get(target, -1) if opcode.startswith("BRA") else -1

@@ -95,7 +95,9 @@ def test_tokens_that_vanish_beside_the_state(implementation: Implementation, exp
 
 
 @everywhere()
-@pytest.mark.parametrize("distance, log_decays", [(300.0, (-9.0, -4.0)), (60.0, (0.0, 1.5))], ids=["slow", "fast"])
+@pytest.mark.parametrize(
+    "distance, log_decays", [(300.0, (-9.0, -4.0)), (60.0, (0.0, 1.5))], ids=["slow", "fast"]
+)
 def test_perspectives_far_apart(
     implementation: Implementation, distance: float, log_decays: tuple[float, float]
 ) -> None:

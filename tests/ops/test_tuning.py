@@ -72,7 +72,12 @@ def test_the_fastest_is_found(monkeypatch) -> None:
         step()
         config = config_for(1)
         runs[config] += 1
-        wrong = (config.fwd_block_t != 8, config.bwd_block_t != 2, config.programs != 4096, config.undivided_from > 1)
+        wrong = (
+            config.fwd_block_t != 8,
+            config.bwd_block_t != 2,
+            config.programs != 4096,
+            config.undivided_from > 1,
+        )
         return 1 + sum(wrong)
 
     lines = []

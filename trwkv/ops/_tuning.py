@@ -16,15 +16,16 @@ SEGMENT = 64
 """Tokens between two states that the forward keeps for the backward: 3 P / 64 floats per token and channel."""
 
 MAX_PERSPECTIVES = 8
-"""The kernels unroll the perspectives: from 6 on the backward spills some registers (docs/performance.md)."""
+"""The kernels unroll the perspectives: from 7 on the backward spills some registers (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
 class Config:
     """One configuration of the chunk kernels. Every program is one warp over `block_c` channels.
 
-    `programs` is the number of programs wanted in flight: with fewer (batch x channel blocks), T is divided among more,
-    but not from `undivided_from` of them on: where T is divided, k and v are read twice. `chunk_len` is the number of tokens a program walks: None lets `chunk_length` decide.
+    `programs` is the number of programs wanted in flight: with fewer (batch x channel blocks), T is divided among more.
+    From `undivided_from` of them on it is not: where T is divided, k and v are read twice. `chunk_len` is the number of
+    tokens a program walks: None lets `chunk_length` decide.
     """
 
     fwd_block_c: int
@@ -47,14 +48,14 @@ CONFIGS = {
 """What ships. Measured on no GPU yet: chosen by the registers and instructions that the compiler reports (sm_90)."""
 
 INSTRUCTION_BUDGET = {
-    ("forward", 1): 28.0,
-    ("forward", 2): 40.0,
-    ("forward", 3): 51.0,
-    ("forward", 4): 62.0,
-    ("backward", 1): 73.0,
-    ("backward", 2): 108.0,
-    ("backward", 3): 156.0,
-    ("backward", 4): 188.0,
+    ("forward", 1): 25.5,
+    ("forward", 2): 36.0,
+    ("forward", 3): 46.0,
+    ("forward", 4): 56.0,
+    ("backward", 1): 68.0,
+    ("backward", 2): 95.0,
+    ("backward", 3): 127.0,
+    ("backward", 4): 173.0,
 }
 """Instructions per token and channel that a tile's fast path may take, by kernel and P (any type, sm_80 and sm_90); see
 `benchmarks/static_report.py --check`."""
@@ -124,7 +125,9 @@ def _config(entry: Any, file: Path, name: str) -> Config:
     if not all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in sizes):
         raise ValueError(f"{file}: {name}: expected powers of two; got {config}")
     if config.bwd_block_t * 32 < SEGMENT:
-        raise ValueError(f"{file}: {name}: expected bwd_block_t of at least {SEGMENT // 32}; got {config.bwd_block_t}")
+        raise ValueError(
+            f"{file}: {name}: expected bwd_block_t of at least {SEGMENT // 32}; got {config.bwd_block_t}"
+        )
     return config
 
 

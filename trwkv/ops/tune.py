@@ -61,7 +61,8 @@ def search(
     it and of the shipped one.
 
     Forward and backward are searched apart, then the number of programs on one row of the same size (B T tokens), where
-    T must be divided, and whether it had better be for the shape itself. `timer` returns the milliseconds of a function; by default triton.testing.do_bench.
+    T must be divided, and whether it had better be for the shape itself. `timer` returns a function's milliseconds; by
+    default triton.testing.do_bench.
     """
     if timer is None:
         from triton.testing import do_bench
@@ -88,7 +89,9 @@ def search(
 
     best = config_for(P)
     best = fastest("forward", "forward", many, best, *_products(fwd_block_c=BLOCK_C, fwd_block_t=FWD_BLOCK_T))
-    best = fastest("backward", "backward", many, best, *_products(bwd_block_c=BLOCK_C, bwd_block_t=BWD_BLOCK_T))
+    best = fastest(
+        "backward", "backward", many, best, *_products(bwd_block_c=BLOCK_C, bwd_block_t=BWD_BLOCK_T)
+    )
     best = fastest("one row, forward", "forward", one, best, *_products(programs=PROGRAMS))
     columns = B * -(-C // best.fwd_block_c)
     otherwise = columns if columns < best.undivided_from else columns + 1

@@ -124,7 +124,7 @@ def _plan(config: Config, call: KernelCall, block_c: int, groups: int = 1) -> _P
 
 
 def _paired(call: KernelCall, block_c: int) -> str | None:
-    """The dtype of k and v if they may be read as int32, two numbers each, and every lane has two channels side by side."""
+    """The dtype of k and v if they may be read as int32, two numbers each: every lane has two channels side by side."""
     lanes = 1 if is_interpreting() else 32
     is_paired = (
         call.k.dtype == call.v.dtype
@@ -296,7 +296,7 @@ def _launch_backward(
 
 
 def _of_groups(shares: Tensor, groups: int) -> Tensor:
-    """The gradient of [B, T, P] weights from every block's share [n_blocks, B, T, 1], or [n_blocks, B, T, P] if shared."""
+    """The gradient of [B, T, P] weights from the blocks' shares [n_blocks, B, T, P], P = 1 where there are groups."""
     summed = shares.unflatten(0, (groups, -1)).sum(1)
     return summed.movedim(0, -2).flatten(-2)
 

@@ -6,7 +6,6 @@ As in the forward there is a fast path, in one exponent, and an exact one for an
 import triton
 import triton.language as tl
 
-from trwkv.ops.wkv.chunk_fwd import channel_weights, token_weights
 from trwkv.ops.wkv.kernel_math import (
     EMPTY,
     carry,
@@ -22,10 +21,10 @@ from trwkv.ops.wkv.kernel_math import (
     split_k,
     store_row,
     taken,
-    widen,
     zeros,
 )
-from trwkv.ops.wkv.kernel_tiles import load_tile, no_tile
+from trwkv.ops.wkv.kernel_outputs import channel_weights, token_weights
+from trwkv.ops.wkv.kernel_tiles import load_tile, no_tile, widen
 from trwkv.ops.wkv.kernel_unit import exponents
 
 
@@ -92,7 +91,7 @@ def add_to_vectors(
     ptr, c, decay, dw, bonus, du, dweights,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's share to the gradients of w, u and [P, C] weights at ptr [3, P, C]: registers have no room for them."""
+    """Adds a tile's share to the gradients of w, u and [P, C] weights at ptr [3, P, C]; registers have no room."""
     for p in tl.static_range(P):
         p_dw = ptr + p * C
         store_row(p_dw, c, tl.fma(decay[p], dw[p], load_row(p_dw, c, C, BLOCK_C, 0.0)), C, BLOCK_C)
@@ -362,7 +361,8 @@ def walk_tile_back(
             a, b, O, rest = join_adjoint(a, b, O, rest, top, P)
         a, b, O, rest = fast_tile_bwd(
             a, b, O, rest, A, B, top, k_rows, v_rows, fast, weights, grad_output,
-            grad_k, grad_v, grad_weights, grad_vectors, row, c, C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GRADS, PAIRED, PTX,
+            grad_k, grad_v, grad_weights, grad_vectors, row, c,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GRADS, PAIRED, PTX,
         )  # fmt: skip
     else:
         # Anew: the fast path has no registers left for them.

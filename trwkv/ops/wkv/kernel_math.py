@@ -87,66 +87,6 @@ def reciprocal(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def widen(x, PAIRED: tl.constexpr):
-    """x in float32. PAIRED, a dtype: every int32 of x holds two such numbers, of one channel and the next."""
-    if PAIRED == "bfloat16":
-        even = (x << 16).to(tl.float32, bitcast=True)
-        odd = (x & -65536).to(tl.float32, bitcast=True)
-        return tl.interleave(even, odd)
-    elif PAIRED == "float16":
-        even = x.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        odd = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return tl.interleave(even, odd)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def larger_pair(x, y, PAIRED: tl.constexpr):
-    """The larger of two pairs of numbers, of each; NaN where one is."""
-    if PAIRED == "bfloat16":
-        return tl.inline_asm_elementwise(
-            "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def smaller_pair(x, y, PAIRED: tl.constexpr):
-    if PAIRED == "bfloat16":
-        return tl.inline_asm_elementwise(
-            "min.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "min.NaN.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def extremes(rows, PAIRED: tl.constexpr, PTX: tl.constexpr, N: tl.constexpr):
-    """The largest and the smallest of N rows as `widen` takes them, in float32; NaN where one of them is NaN."""
-    if PAIRED is not None and PTX:
-        high = rows[0]
-        low = rows[0]
-        for j in tl.static_range(1, N):
-            high = larger_pair(high, rows[j], PAIRED)
-            low = smaller_pair(low, rows[j], PAIRED)
-        return widen(high, PAIRED), widen(low, PAIRED)
-    else:
-        high = widen(rows[0], PAIRED)
-        low = high
-        for j in tl.static_range(1, N):
-            row = widen(rows[j], PAIRED)
-            high = tl.maximum(high, row, propagate_nan=tl.PropagateNan.ALL)
-            low = tl.minimum(low, row, propagate_nan=tl.PropagateNan.ALL)
-        return high, low
-
-
-@triton.jit
 def load_row(ptr, c, C: tl.constexpr, BLOCK_C: tl.constexpr, other):
     """BLOCK_C channels at ptr + c; the mask is compiled away where the blocks fit."""
     if C % BLOCK_C == 0:

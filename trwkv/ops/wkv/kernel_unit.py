@@ -1,13 +1,23 @@
 """The exponent that a tile computes in, and whether its fast path may.
 
-Between two fast tiles all perspectives have one exponent, O[0]: the state is *joint* (the other entries of O mean nothing
-then). Otherwise, as on the exact path, each has its own, and B is in [0.5, 1) or the state empty.
+Between two fast tiles all perspectives have one exponent, O[0]: the state is *joint* (the other entries of O mean
+nothing then). Otherwise, as on the exact path, each has its own, and B is in [0.5, 1) or the state empty.
 """
 
 import triton
 import triton.language as tl
 
-from trwkv.ops.wkv.kernel_math import EMPTY, SAFE_BITS, SAFE_DEPTH, SAFE_TOP, exponent_near, extremes, normalise, pow2, taken
+from trwkv.ops.wkv.kernel_math import (
+    EMPTY,
+    SAFE_BITS,
+    SAFE_DEPTH,
+    SAFE_TOP,
+    exponent_near,
+    normalise,
+    pow2,
+    taken,
+)
+from trwkv.ops.wkv.kernel_tiles import extremes
 
 
 @triton.jit
@@ -81,7 +91,9 @@ def enter_tile(
     depth = exponent_near(k_min) - top
     scale = pow2(O[0] - top)
     margin = B[0] * scale - taken(carried_limit[0])
-    for p in tl.static_range(1, P):  # one comparison: the compiler packs several into bits, at three times the cost
+    for p in tl.static_range(
+        1, P
+    ):  # one comparison: the compiler packs several into bits, at three times the cost
         margin = tl.minimum(margin, B[p] * scale - taken(carried_limit[p]))
     is_safe = (depth >= taken(token_limit)) | (margin >= 0.0)
     is_safe = is_safe & (tl.abs(top) <= SAFE_TOP) & (depth >= -SAFE_DEPTH)
