@@ -93,8 +93,8 @@ SLOW = [
 
 
 SPILL_BUDGETS = {6: 72, 7: 200, 8: 384}
-"""Bytes that kernels for so many perspectives may spill, as counted: the backward's states, adjoints and parameters
-exceed 255 registers. Other forms spilled less and executed more instructions (docs/performance.md)."""
+"""Bytes that kernels for so many perspectives may spill: the backward's states, adjoints and parameters exceed 255
+registers. Bounds of what was once counted; now it is less (docs/performance.md)."""
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=str)
