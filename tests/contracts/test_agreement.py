@@ -5,7 +5,7 @@ import torch
 
 from tests.contracts.support import CHUNKED, case_of, everywhere, hold
 from trwkv.ops.wkv.reference import direct_states, direct_wkv
-from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Implementation, truth_of
+from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, SMALL, Implementation, truth_of
 
 
 @everywhere()
@@ -26,6 +26,14 @@ def test_across_chunks_of_packed_sequences(name: str) -> None:
     implementation = IMPLEMENTATIONS[name]
     case = case_of(implementation, B=1, T=75, P=1, C=5, cu_seqlens=(0, 3, 3, 70, 75), reverse=True)
     CONTRACTS["agreement"](implementation, case)
+
+
+def test_the_states_kept_for_the_backward() -> None:
+    """One chunk of three segments: the state before each, with an exponent for each perspective again."""
+    implementation = IMPLEMENTATIONS["wkv/triton-chunk"]
+    case = case_of(implementation, B=1, T=131, P=2, C=2, log_decays=(-6.0, 3.0))
+    with implementation.configured(SMALL | {"chunk_len": 192}):
+        implementation.check(case.to(implementation.device), truth_of(implementation.op, case))
 
 
 @pytest.mark.parametrize(
