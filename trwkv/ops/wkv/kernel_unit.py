@@ -90,10 +90,9 @@ def enter_tile(
     top = tl.maximum(exponent_near(k_max), bound, propagate_nan=tl.PropagateNan.ALL)
     depth = exponent_near(k_min) - top
     scale = pow2(O[0] - top)
+    # One comparison for all: the compiler packs several into bits, at three times the cost.
     margin = B[0] * scale - taken(carried_limit[0])
-    for p in tl.static_range(
-        1, P
-    ):  # one comparison: the compiler packs several into bits, at three times the cost
+    for p in tl.static_range(1, P):
         margin = tl.minimum(margin, B[p] * scale - taken(carried_limit[p]))
     is_safe = (depth >= taken(token_limit)) | (margin >= 0.0)
     is_safe = is_safe & (tl.abs(top) <= SAFE_TOP) & (depth >= -SAFE_DEPTH)
