@@ -12,6 +12,12 @@ import pytest
 
 from trwkv.ops._tuning import MAX_PERSPECTIVES
 
+PRINT = """
+for launch in launches:
+    r = resources(launch.compile(capability))
+    flag = launch.options.get("OUTPUT", launch.options.get("GRADS"))
+    print(json.dumps([launch.name, flag, r.registers, r.spill_bytes]))
+"""
 CODE = """
 import json, sys, torch
 from trwkv.ops._compile import record_launches, resources
@@ -45,10 +51,17 @@ with record_launches() as launches:
     few = None if kind == "BTP" else weights
     chunk.chunk_forward(w, w, k[:, :64], k[:, :64], few, initial, cu, packed, save=False)
     chunk.chunk_states(w, k[:, :64], k[:, :64], initial, cu, packed)
-for launch in launches:
-    r = resources(launch.compile(capability))
-    flag = launch.options.get("OUTPUT", launch.options.get("GRADS"))
-    print(json.dumps([launch.name, flag, r.registers, r.spill_bytes]))
+"""
+OWN_CODE = """
+import json, sys, torch
+from trwkv.ops._compile import record_launches, resources
+from trwkv.ops.wkv import chunk
+
+capability, = json.loads(sys.argv[1])
+w, k, weights = torch.empty(3, 128), torch.empty(2, 64, 3, 128, dtype=torch.bfloat16), torch.empty(2, 64, 3)
+with record_launches() as launches:
+    output, _, saved = chunk.chunk_forward(w, w, k, k, weights, None, None, False, save=True)
+    chunk.chunk_backward(output, None, w, w, k, k, weights, None, None, False, saved)
 """
 
 KERNELS = {
@@ -65,17 +78,23 @@ def compile_all(
     P: int, capability: int, dtype: str, weights: str, state: bool, packed: bool
 ) -> list[tuple[str, int, int]]:
     """Name, registers and spilled bytes of each of the op's launches."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    arguments = json.dumps([P, capability, dtype, weights, state, packed])
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, arguments], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = run(CODE, P, capability, dtype, weights, state, packed)
     assert {row[0] for row in rows} == KERNELS
     # both chunk kernels' walks, without and with results, single chunks, scans, states; decoding; both token shifts
     assert len(rows) == (11 if packed else 12)
     return [(f"{name} {flag}", registers, spilled) for name, flag, registers, spilled in rows]
+
+
+def run(code: str, *arguments: object) -> list[list]:
+    """What PRINT prints of a program's launches."""
+    done = subprocess.run(
+        [sys.executable, "-c", code + PRINT, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 QUICK = [
@@ -108,3 +127,9 @@ def test_compiles_without_spills(arguments: tuple) -> None:
 @pytest.mark.parametrize("arguments", [a for a in SLOW if a not in QUICK], ids=str)
 def test_every_configuration_compiles_without_spills(arguments: tuple) -> None:
     test_compiles_without_spills(arguments)
+
+
+def test_weighted_sums_of_own_keys_compile_without_spills() -> None:
+    rows = run(OWN_CODE, 90)
+    assert [row[:2] for row in rows] == [["wkv_chunk_fwd_kernel", "y"]] * 3 + [["wkv_chunk_bwd_kernel", True]]
+    assert not any(spilled for *_, spilled in rows)
