@@ -25,7 +25,7 @@ from trwkv.ops.wkv.kernel_math import (
 )
 from trwkv.ops.wkv.kernel_outputs import channel_weights, token_weights
 from trwkv.ops.wkv.kernel_tiles import load_tile, no_tile, widen
-from trwkv.ops.wkv.kernel_unit import exponents
+from trwkv.ops.wkv.kernel_unit import exponents, scaled
 
 
 @triton.jit
@@ -379,16 +379,10 @@ def walk_tile_back(
 @triton.jit
 def join_adjoint(a, b, O, rest, top, P: tl.constexpr):
     """An adjoint that has an exponent for each perspective, with `top` for all."""
-    a_out = ()
-    b_out = ()
+    scale = ()
     O_out = ()
-    a_rest = ()
-    b_rest = ()
     for p in tl.static_range(P):
-        scale = pow2(top - O[p])
-        a_out += (a[p] * scale,)
-        b_out += (b[p] * scale,)
+        scale += (pow2(top - O[p]),)
         O_out += (top,)
-        a_rest += (rest[p] * scale,)
-        b_rest += (rest[P + p] * scale,)
-    return a_out, b_out, O_out, a_rest + b_rest
+    a, b, rest = scaled(a, b, rest, scale, P)
+    return a, b, O_out, rest

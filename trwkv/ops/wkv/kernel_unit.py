@@ -30,22 +30,32 @@ def exponents(O, is_joint, P: tl.constexpr):
 
 
 @triton.jit
-def split(A, B, O, rest, is_joint, P: tl.constexpr):
-    """The state with an exponent for each perspective."""
-    O = exponents(O, is_joint, P)
+def scaled(A, B, rest, scale, P: tl.constexpr):
+    """A state or an adjoint and its rest, times a factor for each perspective."""
     A_out = ()
     B_out = ()
-    O_out = ()
     A_rest = ()
     B_rest = ()
     for p in tl.static_range(P):
-        scale, o = normalise(A[p], B[p], O[p])
-        A_out += (A[p] * scale,)
-        B_out += (B[p] * scale,)
+        A_out += (A[p] * scale[p],)
+        B_out += (B[p] * scale[p],)
+        A_rest += (rest[p] * scale[p],)
+        B_rest += (rest[P + p] * scale[p],)
+    return A_out, B_out, A_rest + B_rest
+
+
+@triton.jit
+def split(A, B, O, rest, is_joint, P: tl.constexpr):
+    """The state with an exponent for each perspective."""
+    O = exponents(O, is_joint, P)
+    scale = ()
+    O_out = ()
+    for p in tl.static_range(P):
+        p_scale, o = normalise(A[p], B[p], O[p])
+        scale += (p_scale,)
         O_out += (o,)
-        A_rest += (rest[p] * scale,)
-        B_rest += (rest[P + p] * scale,)
-    return A_out, B_out, O_out, A_rest + B_rest
+    A, B, rest = scaled(A, B, rest, scale, P)
+    return A, B, O_out, rest
 
 
 @triton.jit
@@ -60,19 +70,13 @@ def join(A, B, O, rest, P: tl.constexpr):
     for p in tl.static_range(1, P):
         is_near = is_near & ((O[p] - bound >= -SAFE_BITS) | (O[p] == EMPTY))
     is_joint = tl.min(is_near.to(tl.int32), 0) > 0
-    A_out = ()
-    B_out = ()
+    scale = ()
     O_out = ()
-    A_rest = ()
-    B_rest = ()
     for p in tl.static_range(P):
-        scale = tl.where(is_joint, pow2(O[p] - bound), 1.0)
-        A_out += (A[p] * scale,)
-        B_out += (B[p] * scale,)
+        scale += (tl.where(is_joint, pow2(O[p] - bound), 1.0),)
         O_out += (tl.where(is_joint, bound, O[p]),)
-        A_rest += (rest[p] * scale,)
-        B_rest += (rest[P + p] * scale,)
-    return A_out, B_out, O_out, A_rest + B_rest, bound, is_joint
+    A, B, rest = scaled(A, B, rest, scale, P)
+    return A, B, O_out, rest, bound, is_joint
 
 
 @triton.jit
