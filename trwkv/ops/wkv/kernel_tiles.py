@@ -74,39 +74,23 @@ def widen(x, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def larger_pair(x, y, PAIRED: tl.constexpr):
-    """The larger of two pairs of numbers, of each; NaN where one is."""
-    if PAIRED == "bfloat16":
-        return tl.inline_asm_elementwise(
-            "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def smaller_pair(x, y, PAIRED: tl.constexpr):
-    if PAIRED == "bfloat16":
-        return tl.inline_asm_elementwise(
-            "min.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "min.NaN.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
+def of_pairs(x, y, INSTRUCTION: tl.constexpr):
+    """An instruction that takes two numbers of 16 bits at once, from each of x and y."""
+    return tl.inline_asm_elementwise(INSTRUCTION, "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
 def extremes(rows, PAIRED: tl.constexpr, PTX: tl.constexpr, N: tl.constexpr):
     """The largest and the smallest of N rows as `widen` takes them, in float32; NaN where one of them is NaN."""
     if PAIRED is not None and PTX:
+        is_brain: tl.constexpr = PAIRED == "bfloat16"
+        LARGER: tl.constexpr = "max.NaN.bf16x2 $0, $1, $2;" if is_brain else "max.NaN.f16x2 $0, $1, $2;"
+        SMALLER: tl.constexpr = "min.NaN.bf16x2 $0, $1, $2;" if is_brain else "min.NaN.f16x2 $0, $1, $2;"
         high = rows[0]
         low = rows[0]
         for j in tl.static_range(1, N):
-            high = larger_pair(high, rows[j], PAIRED)
-            low = smaller_pair(low, rows[j], PAIRED)
+            high = of_pairs(high, rows[j], LARGER)
+            low = of_pairs(low, rows[j], SMALLER)
         return widen(high, PAIRED), widen(low, PAIRED)
     else:
         high = widen(rows[0], PAIRED)
