@@ -50,22 +50,40 @@ class Launch:
 
     def compile(self, capability: int) -> CompiledKernel:
         """Machine code for an NVIDIA GPU of this compute capability (80, 90, ...)."""
-        options = dict(self.options)
-        num_warps = options.pop("num_warps", 4)
-        names = self.kernel.arg_names
-        values = dict(zip(names, self.args, strict=False)) | options
         signature, constants, attributes = {}, {}, {}
-        for i, (param, name) in enumerate(zip(self.kernel.params, names, strict=True)):
-            kind, is_aligned = _describe(values[name], param.is_constexpr)
+        for i, (name, (kind, is_aligned, constant)) in enumerate(self._described().items()):
             signature[name] = kind
             if kind == "constexpr":
-                constants[(i,)] = values[name]
+                constants[(i,)] = constant
             if is_aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": self.options.get("num_warps", 4)},
         )
+
+    def specialization(self) -> tuple:
+        """What distinguishes the kernels that are compiled for two launches, beside the capability."""
+        return (*self._described().items(), self.options.get("num_warps", 4))
+
+    def runtime_arguments(self) -> dict[str, Any]:
+        """The arguments that the compiled kernel takes, by name."""
+        values = self._values()
+        return {name: values[name] for name, (kind, *_) in self._described().items() if kind != "constexpr"}
+
+    def _values(self) -> dict[str, Any]:
+        return dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.options
+
+    def _described(self) -> dict[str, tuple[str, bool, Any]]:
+        """Of each argument: its type, whether it is a multiple of 16, and its value if that is a constant."""
+        values = self._values()
+        out = {}
+        for param in self.kernel.params:
+            kind, is_aligned = _describe(values[param.name], param.is_constexpr)
+            out[param.name] = kind, is_aligned, values[param.name] if kind == "constexpr" else None
+        return out
 
 
 def _describe(value: Any, is_constexpr: bool) -> tuple[str, bool]:
@@ -73,7 +91,7 @@ def _describe(value: Any, is_constexpr: bool) -> tuple[str, bool]:
     if is_constexpr or value is None:
         return "constexpr", False
     if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype], True
+        return _POINTERS[value.dtype], value.data_ptr() % 16 == 0
     if isinstance(value, int):  # as at a real launch, an argument that is 1 becomes a constant
         return ("constexpr", False) if value == 1 else ("i32", value % 16 == 0)
     raise TypeError(f"value: expected a tensor, an int or None; got {type(value).__name__}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trwkv.ops import _tuning
+from trwkv.ops._dispatch import is_interpreting
 from trwkv.testing.cases import Axes, Case, join, take
 from trwkv.testing.tolerances import Truth, assert_accurate
 
@@ -85,14 +86,14 @@ class Implementation:
 
     @property
     def is_interpreted(self) -> bool:
-        return self.is_kernel and not HAS_GPU
+        return self.is_kernel and is_interpreting()
 
     @property
     def speed(self) -> str:
         """ "fast"; "slow": a loop over the tokens; "interpreted": a hundred times slower still; "compiled": a kernel on
         a GPU, some seconds for every new combination of sizes, dtypes and options."""
         if self.is_kernel:
-            return "compiled" if HAS_GPU else "interpreted"
+            return "interpreted" if is_interpreting() else "compiled"
         return "slow" if self.is_token_loop else "fast"
 
     @property

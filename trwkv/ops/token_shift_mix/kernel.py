@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from trwkv.ops._dispatch import device_guard, is_interpreting
-from trwkv.ops._interpreter import fuse_interpreted_multiply_add
+from trwkv.ops._interpreter import prepare_interpreter
 from trwkv.ops.token_shift_mix import MAX_MIXES
 from trwkv.ops.wkv.kernel_math import load_row, store_row
 
 if is_interpreting():
-    fuse_interpreted_multiply_add()
+    prepare_interpreter()
 
 BLOCK_C = 256
 

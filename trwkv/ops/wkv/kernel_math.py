@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from trwkv.ops._dispatch import is_interpreting
-from trwkv.ops._interpreter import fuse_interpreted_multiply_add
+from trwkv.ops._interpreter import prepare_interpreter
 
 if is_interpreting():
-    fuse_interpreted_multiply_add()
+    prepare_interpreter()
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LO = tl.constexpr(1.9259629911266175e-08)  # what float32 leaves of it

@@ -1,0 +1,62 @@
+"""Launches Triton's kernels on the CPU, compiled for a GPU that is not there."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from triton.runtime.jit import JITFunction
+
+from trwkv.ops import _dispatch
+from trwkv.ops._compile import Launch
+from trwkv.testing.ptx.machine import WARP, Machine
+from trwkv.testing.ptx.memory import Memory
+from trwkv.testing.ptx.parse import Program, parse
+
+_PROGRAMS: dict[tuple, Program] = {}
+
+
+def run(launch: Launch, capability: int) -> Machine:
+    """Compiles a launch for this compute capability and runs it on the CPU tensors that it was given."""
+    key = (launch.kernel, capability, launch.specialization())
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = parse(launch.compile(capability).asm["ptx"])
+    program = _PROGRAMS[key]
+    arguments = launch.runtime_arguments()
+    grid = math.prod(launch.grid)
+    threads = launch.options.get("num_warps", 4) * WARP
+    memory = Memory(
+        {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)},
+        np.repeat(np.arange(grid), threads),
+    )
+    parameters = [memory.address(name) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()]
+    parameters += [0] * (len(program.parameters) - len(parameters))  # Triton's own, unused
+    machine = Machine(program, grid, threads, memory, parameters)
+    machine.run()
+    return machine
+
+
+@contextmanager
+def emulated_launches(capability: int = 90) -> Iterator[list[Machine]]:
+    """Within the block `backend="triton"` takes CPU tensors, and its kernels run as they are compiled for a GPU.
+
+    The kernels must not have been imported for Triton's interpreter. Collects what ran.
+    """
+    machines: list[Machine] = []
+
+    def emulate(kernel: JITFunction, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            if len(grid) > 1:
+                raise NotImplementedError(f"ptx: expected a grid of one axis; got {grid}")
+            machines.append(run(Launch(kernel, grid, args, options), capability))
+
+        return launch
+
+    with (
+        mock.patch.object(JITFunction, "__getitem__", emulate),
+        mock.patch.object(_dispatch, "_require_triton", lambda device, dtype: None),
+    ):
+        yield machines
