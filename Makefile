@@ -5,14 +5,15 @@ PYTEST_WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test lint types unit format benchmark clean
+.PHONY: help demo test lint types unit compiled format benchmark clean
 
 help:
 	@echo "make demo       fine-tune perspectives on embedded data and print where the results lie"
 	@echo "make test       lint, type check and tests (what continuous integration runs)"
 	@echo "make lint       ruff, its linter and its formatter"
 	@echo "make types      mypy"
-	@echo "make unit       pytest, without the tests marked slow"
+	@echo "make unit       pytest, without the tests marked slow; kernels in Triton's interpreter, or on the GPU"
+	@echo "make compiled   pytest on the kernels as they are compiled, on the CPU (without a GPU)"
 	@echo "make format     rewrite the code as ruff wants it"
 	@echo "make benchmark  throughput of the op on this machine"
 	@echo "make clean      remove .venv and caches"
@@ -20,7 +21,7 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/python examples/finetune_lambada.py
 
-test: lint types unit
+test: lint types unit compiled
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -30,7 +31,12 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not slow"
+
+# Decided when kernels are imported: hence a run of its own.
+compiled: $(INSTALLED)
+	TRWKV_EMULATE=90 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not slow" tests/compiled \
+		tests/ops/test_gated.py tests/ops/test_in_place.py tests/ops/test_token_shift_mix.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

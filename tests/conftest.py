@@ -1,10 +1,12 @@
-"""Set before any kernel is imported: without a GPU, Triton's kernels run in its interpreter.
+"""Set before any kernel is imported: without a GPU, Triton's kernels run in its interpreter; or, if TRWKV_EMULATE is a
+compute capability (90), as they are compiled for such a GPU, on the CPU (`trwkv.testing.ptx`).
 
 At the end of a run: how many cases were drawn for each contract and implementation.
 """
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,12 +14,25 @@ import torch
 
 from trwkv.testing import COUNTS, interpret_without_gpu
 
-interpret_without_gpu()
+CAPABILITY = None if torch.cuda.is_available() else os.environ.get("TRWKV_EMULATE")
+if CAPABILITY:
+    os.environ["TRITON_INTERPRET"] = "0"
+else:
+    interpret_without_gpu()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=bool(CAPABILITY))
+def emulation() -> Iterator[None]:
+    from trwkv.testing.ptx import emulated_launches
+
+    with emulated_launches(int(CAPABILITY or 0)):
+        yield
+
 
 _from_workers: Counter[tuple[str, str]] = Counter()
 

@@ -6,7 +6,7 @@ from typing import Any
 def prepare_interpreter() -> None:
     """Makes it compute as a GPU does, and not slower than it need be. Modules of kernels call this when imported."""
     fuse_multiply_add()
-    find_builtins_once()
+    replace_language_once()
 
 
 def fuse_multiply_add() -> None:
@@ -27,26 +27,27 @@ def fuse_multiply_add() -> None:
     InterpreterBuilder.create_fma = create_fma
 
 
-def find_builtins_once() -> None:
-    """Keeps which members of triton.language the interpreter replaces.
+def replace_language_once() -> None:
+    """Lets the interpreter replace what triton.language holds once for a launch.
 
-    As it comes it looks for them in every call of a device function, although a launch has replaced them all when it
+    As it comes it does so again in every call of a device function, although a launch has replaced it all when it
     begins: more than half of the time of kernels made of small functions.
     """
+    import triton.language as tl
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
-    find_and_replace = getattr(interpreter, "_patch_builtin", None)
-    if find_and_replace is None or hasattr(find_and_replace, "found"):
+    replace = getattr(interpreter, "_patch_lang", None)
+    if replace is None or hasattr(replace, "languages"):
         return
-    found: dict[Any, str] = {}  # one of the builtins of each module or class
+    languages: dict[Any, list[Any]] = {}  # that a function sees
 
-    def replace(package: Any, *rest: Any) -> None:
-        if package not in found:
-            found[package] = next((x for x in dir(package) if is_builtin(getattr(package, x))), "")
-        name = found[package]
-        if name and is_builtin(getattr(package, name)):  # all are replaced together, and restored together
-            find_and_replace(package, *rest)
+    def replace_once(function: Any) -> Any:
+        if function not in languages:
+            languages[function] = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        if any(is_builtin(language.load) for language in languages[function]):
+            return replace(function)
+        return interpreter._LangPatchScope()  # replaced already: nothing to restore
 
-    replace.found = found  # type: ignore[attr-defined]
-    interpreter._patch_builtin = replace
+    replace_once.languages = languages  # type: ignore[attr-defined]
+    interpreter._patch_lang = replace_once

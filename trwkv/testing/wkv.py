@@ -199,12 +199,12 @@ def _gradient_conditions(case: Case, size: Tensor, state: Tensor) -> Named:
     lag = torch.arange(T + 1)[:, None] - torch.arange(T + 1)[None]
     lags = torch.einsum("btipc,ti->btpc", share, lag.clamp(min=0).double())
     own = torch.diagonal(share[:, :T, 1:], dim1=1, dim2=2).permute(0, 3, 1, 2)  # [B, T, P, C]
-    total, total_spread = received[:, 1:], received[:, 1:] * spread
+    total, total_spread = received, received * spread
     if case.k.ndim == 3:
         total, total_spread = total.sum(2), total_spread.sum(2)
     conditions = {
-        "v": visible(total, 1),
-        "k": visible(total_spread, 1),
+        "v": visible(total, 1)[:, 1:],
+        "k": visible(total_spread, 1)[:, 1:],
         "w": (g_rows * lags.clamp(min=VANISHED) * spread).sum((0, 1)),
         "u": (g_y * own * spread).sum((0, 1)),
     }

@@ -5,7 +5,7 @@ an amount that depends on the result's mantissa alone.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,9 @@ Bits = NDArray
 
 WIDTHS = {"pred": 0, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16} | {
     f"{kind}{n}": n for kind in "busf" for n in (32, 64)
-} | {"bf16x2": 32, "f16x2": 32}  # fmt: skip
+} | {"bf16x2": 32, "f16x2": 32, "f32x2": 64}  # fmt: skip
+PACKED = ("bf16", "bf16x2", "f16x2", "f32x2")
+"""Types that numpy does not have: bits."""
 _KINDS = {"b": "u", "u": "u", "s": "i", "f": "f"}
 
 
@@ -22,7 +24,7 @@ def dtype(kind: str) -> np.dtype:
     """How numpy holds an operand of this PTX type."""
     if kind == "pred":
         return np.dtype(bool)
-    if kind in ("bf16", "bf16x2", "f16x2"):
+    if kind in PACKED:
         return np.dtype(f"u{WIDTHS[kind] // 8}")
     return np.dtype(f"{_KINDS[kind[0]]}{WIDTHS[kind] // 8}")
 
@@ -76,67 +78,65 @@ def bit_field(a: Bits, position: Bits, length: Bits) -> Bits:
     return shift_right(shift_left(a, up), up + position)
 
 
-def permuted(a: Bits, b: Bits, selector: Bits) -> Bits:
-    """prmt in its default mode: each byte of the result is one of the eight of a and b."""
-    both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
-    out = np.zeros_like(both)
-    for i in range(4):
-        choice = (selector >> np.uint32(4 * i)) & np.uint32(15)
-        byte = (both >> (np.uint64(8) * (choice & np.uint32(7)).astype(np.uint64))) & np.uint64(255)
-        sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
-        out |= np.where(choice & np.uint32(8), sign, byte) << np.uint64(8 * i)
-    return out.astype(np.uint32)
+def extreme(*xs: Bits, larger: bool, nan: bool = False) -> Bits:
+    """The largest or the smallest: of numbers and NaN a number, unless `nan`, then NaN."""
+    if nan or xs[0].dtype.kind != "f":
+        return reduce(np.maximum if larger else np.minimum, xs)
+    return reduce(np.fmax if larger else np.fmin, xs)
 
 
-def extreme(a: Bits, b: Bits, *, larger: bool, nan: bool) -> Bits:
-    """The larger or the smaller: of one number and NaN the number, unless `nan`, then NaN."""
-    if a.dtype.kind != "f":
-        return np.maximum(a, b) if larger else np.minimum(a, b)
-    choose = (np.maximum if larger else np.minimum) if nan else (np.fmax if larger else np.fmin)
-    return choose(a, b)
+def of_halves(operation: Callable[..., Bits], kind: str) -> Callable[..., Bits]:
+    """An operation on float32 or float16 as one on bits of bfloat16, or of two numbers side by side."""
+    if kind == "bf16":
+        return lambda *xs: to_bfloat16(operation(*(from_bfloat16(x) for x in xs)))
+    if not kind.endswith("x2"):
+        number = dtype(kind)
+        return lambda *xs: operation(*(x.view(number) for x in xs)).view(f"u{number.itemsize}")
+    half = of_halves(operation, kind.removesuffix("x2"))
+
+    def both(*xs: Bits) -> Bits:
+        n = xs[0].itemsize // 2
+        return joined([half(*parts) for parts in zip(*(halves(x, n) for x in xs), strict=True)])
+
+    return both
 
 
-def extreme_of_pairs(a: Bits, b: Bits, *, larger: bool, kind: str) -> Bits:
-    """The same with NaN for each half of 32 bits."""
-    out = np.zeros_like(a)
-    for shift in (0, 16):
-        x, y = ((r >> np.uint32(shift)).astype(np.uint16) for r in (a, b))
-        if kind == "bf16x2":
-            half = to_bfloat16(extreme(from_bfloat16(x), from_bfloat16(y), larger=larger, nan=True))
-        else:
-            half = extreme(x.view(np.float16), y.view(np.float16), larger=larger, nan=True).view(np.uint16)
-        out |= half.astype(np.uint32) << np.uint32(shift)
-    return out
+def halves(x: Bits, n: int) -> list[Bits]:
+    """The lower and the upper n bytes."""
+    return [(x >> x.dtype.type(shift)).astype(f"u{n}") for shift in (0, 8 * n)]
+
+
+def joined(parts: list[Bits]) -> Bits:
+    low, high = (x.astype(f"u{2 * x.itemsize}") for x in parts)
+    return low | high << high.dtype.type(4 * high.itemsize)
+
+
+COMPARISONS: dict[str, Callable[[Bits, Bits], Bits]] = {
+    "eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "ne": lambda a, b: (a < b) | (a > b),  # not of NaN
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+}  # fmt: skip
 
 
 def compare(name: str) -> Callable[[Bits, Bits], Bits]:
     """Of setp. A name that ends in u holds as well where one of them is NaN."""
-    if name == "nan":
-        return lambda a, b: np.isnan(a) | np.isnan(b)
-    if name == "num":
-        return lambda a, b: ~(np.isnan(a) | np.isnan(b))
-    plain = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-             "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}  # fmt: skip
-    if name in plain:
-        if name == "ne":  # numpy's holds for NaN, PTX's does not
-            return lambda a, b: (a != b) & (a == a) & (b == b)
-        return plain[name]
-    ordered = compare(name[:-1])
+    if name in COMPARISONS:
+        return COMPARISONS[name]
+    ordered = COMPARISONS[name[:-1]]
     return lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
 
 
-def convert(to: str, source: str, modifiers: tuple[str, ...]) -> Callable[[Bits], Bits]:
-    """cvt from one type to another; rounds to nearest unless a modifier says how to an integer."""
-    roundings = {"rpi": np.ceil, "rmi": np.floor, "rzi": np.trunc, "rni": np.rint}
-    integer = next((roundings[m] for m in modifiers if m in roundings), None)
-    flush = flushed if "ftz" in modifiers else lambda x: x
+TO_INTEGERS = {"rpi": np.ceil, "rmi": np.floor, "rzi": np.trunc, "rni": np.rint}
+
+
+def convert(to: str, source: str, rounding: str | None = None) -> Callable[[Bits], Bits]:
+    """cvt from one type to another: to the nearest number, unless `rounding` says to which integer."""
 
     def cvt(x: Bits) -> Bits:
         value = from_bfloat16(x) if source == "bf16" else x
-        if value.dtype == np.float32:
-            value = flush(value)
-        if integer is not None:
-            value = integer(value)
+        if rounding is not None:
+            value = TO_INTEGERS[rounding](value)
         if to == "bf16":
             return to_bfloat16(value.astype(np.float32))
         target = dtype(to)
@@ -151,36 +151,37 @@ def convert(to: str, source: str, modifiers: tuple[str, ...]) -> Callable[[Bits]
 def packed(high: Bits, low: Bits, *, kind: str) -> Bits:
     """cvt of two float32 to one register."""
     if kind == "bf16x2":
-        halves = [to_bfloat16(x) for x in (high, low)]
-    else:
-        halves = [x.astype(np.float16).view(np.uint16) for x in (high, low)]
-    return (halves[0].astype(np.uint32) << np.uint32(16)) | halves[1]
+        return joined([to_bfloat16(x) for x in (low, high)])
+    return joined([x.astype(np.float16).view(np.uint16) for x in (low, high)])
 
 
 def exp2_approximate(x: Bits) -> Bits:
-    return flushed(approximate(np.exp2(flushed(x).astype(np.float64)), 2))
+    return approximate(np.exp2(x.astype(np.float64)), 2)
 
 
 def reciprocal_approximate(x: Bits) -> Bits:
-    return flushed(approximate(1.0 / flushed(x).astype(np.float64), 1))
-
-
-def wide(op: Callable, a: Bits, b: Bits, *c: Bits) -> Bits:
-    """Of 32-bit factors the whole product, 64 bits."""
-    target = np.dtype(f"{a.dtype.kind}8")
-    product = a.astype(target) * b.astype(target)
-    return op(product, *(x.view(target) for x in c))
+    return approximate(1.0 / x.astype(np.float64), 1)
 
 
 def quotient(a: Bits, b: Bits) -> Bits:
-    """Of integers, towards zero."""
+    """Of integers, towards zero; of numbers, rounded."""
+    if a.dtype.kind == "f":
+        return a / b
     divisor = np.where(b == 0, b.dtype.type(1), b)
     return (a - np.fmod(a, divisor)) // divisor
 
 
-BINARY = {
-    "div": quotient, "rem": np.fmod,
-    "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "shl": shift_left, "shr": shift_right,
-    "max": partial(extreme, larger=True, nan=False), "min": partial(extreme, larger=False, nan=False),
-}  # fmt: skip
+def multiply_wide(a: Bits, b: Bits, c: Bits | None = None) -> Bits:
+    """Of 32-bit factors the whole product, 64 bits, to which a number of 64 bits may be added."""
+    wide = np.dtype(f"{a.dtype.kind}8")
+    product = a.astype(wide) * b.astype(wide)
+    return product if c is None else product + c
+
+
+def multiply_high(a: Bits, b: Bits) -> Bits:
+    """The upper half of that product."""
+    return (multiply_wide(a, b) >> 32).astype(a.dtype)
+
+
+def select(a: Bits, b: Bits, is_first: Bits) -> Bits:
+    return np.where(is_first, a, b)

@@ -12,6 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from trwkv.ops import _dispatch
 from trwkv.ops._compile import Launch
+from trwkv.ops._dispatch import is_interpreting
 from trwkv.testing.ptx.machine import WARP, Machine
 from trwkv.testing.ptx.memory import Memory
 from trwkv.testing.ptx.parse import Program, parse
@@ -20,7 +21,7 @@ _PROGRAMS: dict[tuple, Program] = {}
 
 
 def run(launch: Launch, capability: int) -> Machine:
-    """Compiles a launch for this compute capability and runs it on the CPU tensors that it was given."""
+    """Compiles a launch for this compute capability and runs it on the CPU, on the tensors that it was given."""
     key = (launch.kernel, capability, launch.specialization())
     if key not in _PROGRAMS:
         _PROGRAMS[key] = parse(launch.compile(capability).asm["ptx"])
@@ -45,6 +46,12 @@ def emulated_launches(capability: int = 90) -> Iterator[list[Machine]]:
 
     The kernels must not have been imported for Triton's interpreter. Collects what ran.
     """
+    if capability < 80:
+        raise ValueError(
+            f"capability: expected 80 or more, for older GPUs take other paths; got {capability}"
+        )
+    if is_interpreting():
+        raise RuntimeError("TRITON_INTERPRET: expected 0, for kernels that are compiled; got 1")
     machines: list[Machine] = []
 
     def emulate(kernel: JITFunction, grid: tuple[int, ...]) -> Any:

@@ -5,24 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trwkv.testing.ptx.arithmetic import (
-    BINARY,
-    WIDTHS,
-    Bits,
-    bit_field,
-    compare,
-    convert,
-    dtype,
-    exp2_approximate,
-    extreme,
-    extreme_of_pairs,
-    fma,
-    packed,
-    permuted,
-    reciprocal_approximate,
-    wide,
-)
+from trwkv.testing.ptx.arithmetic import WIDTHS, Bits, dtype
 from trwkv.testing.ptx.memory import Memory, MemoryFault
+from trwkv.testing.ptx.operations import operation_of
 from trwkv.testing.ptx.parse import Address, Immediate, Instruction, Operand, Program, Vector
 
 WARP = 32
@@ -47,7 +32,7 @@ class Machine:
             "%nctaid.x": np.full(self.n, grid, np.uint32),
         }
         self.active = np.ones(self.n, bool)
-        self.executed = 0
+        self._is_together = True  # all lanes are active
 
     def run(self) -> None:
         end = len(self.program.instructions)
@@ -55,6 +40,7 @@ class Machine:
         with np.errstate(all="ignore"):
             while (now := int(at.min())) < end:
                 self.active = at == now
+                self._is_together = bool(self.active.all())
                 others = at[~self.active]
                 stop = int(others.min()) if len(others) else end
                 at[self.active] = self._straight_on(now, stop)
@@ -68,17 +54,16 @@ class Machine:
                 target = len(self.program.instructions)
                 if name == "bra":
                     target = self.program.labels[str(instruction.operands[-1])]
-                taken = self._mask(instruction)[self.active]
+                taken = self.mask(instruction)[self.active]
                 return np.where(taken, target, now + 1)
             try:
                 self._execute(instruction)
             except MemoryFault as fault:
                 raise MemoryFault(f"{self.program.name}, {instruction}: {fault}") from None
-            self.executed += int(self.active.sum())
             now += 1
         return now
 
-    def _mask(self, instruction: Instruction) -> Bits:
+    def mask(self, instruction: Instruction) -> Bits:
         if instruction.guard is None:
             return self.active
         guard = self.registers[instruction.guard]
@@ -89,7 +74,9 @@ class Machine:
         if execute is not None:
             execute(self, instruction)
             return
-        operation, kinds, target = _operation(instruction)
+        if instruction.operation is None:
+            instruction.operation = operation_of(instruction)
+        operation, kinds, target = instruction.operation
         sources = [self.value(x, k) for x, k in zip(instruction.operands[1:], kinds, strict=True)]
         self.write(instruction, instruction.operands[0], operation(*sources), target)
 
@@ -108,10 +95,11 @@ class Machine:
     def write(self, instruction: Instruction, operand: Operand, value: Bits, kind: str) -> None:
         """To a register, in the lanes that execute the instruction."""
         bits = value if kind == "pred" else value.view(f"u{value.dtype.itemsize}")
-        bits = np.broadcast_to(bits, self.n)
-        mask = self._mask(instruction)
+        if bits.shape != self.lanes.shape:
+            bits = np.broadcast_to(bits, self.n)
+        mask = self.mask(instruction)
         name = str(operand)
-        if not mask.all():
+        if not (mask is self.active and self._is_together):
             old = self.registers.get(name)
             bits = np.where(mask, bits, np.zeros((), bits.dtype) if old is None else old)
         self.registers[name] = bits
@@ -123,58 +111,22 @@ class Machine:
             raise MemoryFault(f"{self.program.name}, {what}: lanes that must all take part are elsewhere")
 
 
-def _operation(instruction: Instruction) -> tuple[Callable[..., Bits], list[str], str]:
-    """What an instruction computes, the types of what it takes and of what it gives."""
-    name, *modifiers = instruction.opcode
-    kind = modifiers[-1]
-    if name == "cvt" and len(instruction.operands) == 3:
-        return (lambda a, b: packed(a, b, kind=modifiers[-2])), ["f32", "f32"], "b32"
-    if name == "cvt":
-        to, source = modifiers[-2:]
-        return convert(to, source, tuple(modifiers)), [source], to
-    if name == "setp":
-        return compare(modifiers[0]), [kind, kind], "pred"
-    if name == "selp":
-        return (lambda a, b, p: np.where(p, a, b)), [kind, kind, "pred"], kind
-    if name in ("max", "min") and kind.endswith("x2"):
-        return (lambda a, b: extreme_of_pairs(a, b, larger=name == "max", kind=kind)), [kind, kind], kind
-    if name in ("max", "min") and "NaN" in modifiers:
-        return (lambda a, b: extreme(a, b, larger=name == "max", nan=True)), [kind, kind], kind
-    if name in ("mul", "mad") and modifiers[0] == "wide":
-        result = f"{kind[0]}64"
-        if name == "mul":
-            return (lambda a, b: wide(lambda x: x, a, b)), [kind, kind], result
-        return (lambda a, b, c: wide(np.add, a, b, c)), [kind, kind, result], result
-    simple: dict[str, tuple[Callable[..., Bits], int]] = {
-        "mul": (np.multiply, 2), "mad": (lambda a, b, c: a * b + c, 3), "fma": (fma, 3),
-        "neg": (np.negative, 1), "abs": (np.abs, 1), "not": (np.invert, 1),
-        "ex2": (exp2_approximate, 1), "rcp": (reciprocal_approximate, 1),
-        "prmt": (permuted, 3),
-    }  # fmt: skip
-    if name in ("shl", "shr"):
-        return BINARY[name], [kind, "u32"], kind
-    if name == "bfe":
-        return bit_field, [kind, "u32", "u32"], kind
-    if name in BINARY:
-        return BINARY[name], [kind, kind], kind
-    if name in simple:
-        operation, count = simple[name]
-        return operation, [kind] * count, kind
-    raise NotImplementedError(f"ptx: no way to run {instruction}")
-
-
 def _move(machine: Machine, instruction: Instruction) -> None:
     to, source = instruction.operands
     kind = instruction.opcode[1]
     if isinstance(to, Vector):
         part = f"u{WIDTHS[kind] // 8 // len(to.parts)}"
-        columns = np.broadcast_to(machine.value(source, kind), machine.n).copy().view(part).reshape(machine.n, -1)
+        columns = (
+            np.broadcast_to(machine.value(source, kind), machine.n).copy().view(part).reshape(machine.n, -1)
+        )
         for operand, column in zip(to.parts, columns.T, strict=True):
             machine.write(instruction, operand, np.ascontiguousarray(column), "b")
     elif isinstance(source, Vector):
         part_kind = f"b{WIDTHS[kind] // len(source.parts)}"
         columns = np.stack([np.broadcast_to(machine.value(x, part_kind), machine.n) for x in source.parts], 1)
-        machine.write(instruction, to, np.ascontiguousarray(columns).view(f"u{WIDTHS[kind] // 8}")[:, 0], kind)
+        machine.write(
+            instruction, to, np.ascontiguousarray(columns).view(f"u{WIDTHS[kind] // 8}")[:, 0], kind
+        )
     else:
         machine.write(instruction, to, machine.value(source, kind), kind)
 
@@ -203,7 +155,7 @@ def _load(machine: Machine, instruction: Instruction) -> None:
             number = number.astype(np.uint32).view(np.int32).astype(np.int64)
         machine.write(instruction, to, number.astype(f"u{size}"), kind)
         return
-    mask = machine._mask(instruction)
+    mask = machine.mask(instruction)
     if space != "global":
         raise NotImplementedError(f"ptx: no way to run {instruction}")
     if not mask.any():
@@ -221,7 +173,7 @@ def _store(machine: Machine, instruction: Instruction) -> None:
     _, space, *_, kind = instruction.opcode
     if space != "global":
         raise NotImplementedError(f"ptx: no way to run {instruction}")
-    mask = machine._mask(instruction)
+    mask = machine.mask(instruction)
     if not mask.any():
         return
     width = WIDTHS[kind] // 8
@@ -233,6 +185,8 @@ def _store(machine: Machine, instruction: Instruction) -> None:
 
 
 def _barrier(machine: Machine, instruction: Instruction) -> None:
+    if instruction.operands != (Immediate(0),):  # not one of all lanes
+        raise NotImplementedError(f"ptx: no way to run {instruction}")
     machine.whole(machine.threads, instruction)
     machine.memory.barriers[np.unique(machine.lanes[machine.active] // machine.threads)] += 1
 
@@ -243,19 +197,21 @@ def _reduce(machine: Machine, instruction: Instruction) -> None:
     to, source, _ = instruction.operands
     _, _, name, kind = instruction.opcode
     rows = np.broadcast_to(machine.value(source, kind), machine.n).reshape(-1, WARP)
-    reduced = {"min": np.min, "max": np.max, "add": np.sum}[name](rows, axis=1)
+    reduced = {"min": np.minimum, "max": np.maximum, "add": np.add}[name].reduce(rows, axis=1)
     machine.write(instruction, to, np.repeat(reduced.astype(rows.dtype), WARP), kind)
 
 
 def _shuffle(machine: Machine, instruction: Instruction) -> None:
-    """shfl.sync.bfly of whole warps."""
+    """shfl.sync of whole warps: from the lane with this number, or with one that differs in these bits."""
     machine.whole(WARP, instruction)
-    to, source, lane_mask, _, _ = instruction.operands
-    if instruction.opcode[2] != "bfly" or "|" in str(to):
+    to, source, which, clamp, _ = instruction.operands
+    kind = instruction.opcode[2]
+    if kind not in ("idx", "bfly") or clamp != Immediate(WARP - 1):
         raise NotImplementedError(f"ptx: no way to run {instruction}")
-    rows = np.broadcast_to(machine.value(source, "b32"), machine.n).reshape(-1, WARP)
-    partner = np.arange(WARP) ^ int(machine.value(lane_mask, "u32")[0])
-    machine.write(instruction, to, rows[:, partner].reshape(-1), "b32")
+    chosen = np.broadcast_to(machine.value(which, "b32"), machine.n).astype(np.int64) % WARP
+    warp, lane = np.divmod(machine.lanes, WARP)
+    partner = WARP * warp + (chosen if kind == "idx" else lane ^ chosen)
+    machine.write(instruction, to, np.broadcast_to(machine.value(source, "b32"), machine.n)[partner], "b32")
 
 
 _SPECIAL: dict[str, Callable[[Machine, Instruction], None]] = {

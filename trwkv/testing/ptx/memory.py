@@ -1,7 +1,7 @@
 """Global memory of one launch: the tensors that a kernel was given, and nothing else.
 
-Every tensor has addresses of its own, far from any other's. An access beyond it, across its end or at an address that is
-no multiple of its width is an error, and so is one that races with another lane's.
+Every tensor has addresses of its own, far from any other's. An access beyond it, across its end or at an address that
+is no multiple of its width is an error, and so is one that races with another lane's.
 """
 
 import ctypes
@@ -50,7 +50,7 @@ class Memory:
                 spans.append((begin, begin + size, [name]))
         for i, (begin, end, names) in enumerate(spans, 1):
             units = (end - begin) // _UNIT
-            data = np.frombuffer((ctypes.c_ubyte * (end - begin)).from_address(begin), np.uint8)
+            data = np.ctypeslib.as_array((ctypes.c_ubyte * (end - begin)).from_address(begin))
             nobody = [np.full(units, _NOBODY, np.int64) for _ in range(4)]
             self._buffers.append(_Buffer(" = ".join(names), i * _SPACING + begin % 4096, data, *nobody))
             for name in names:
@@ -73,7 +73,9 @@ class Memory:
         for buffer, chosen, offsets in self._located(addresses, width):
             for units in _units(offsets, width):
                 self._writes(buffer, lanes[chosen], units)
-            buffer.data[: len(buffer.data) // width * width].view(words.dtype)[offsets // width] = words[chosen]
+            buffer.data[: len(buffer.data) // width * width].view(words.dtype)[offsets // width] = words[
+                chosen
+            ]
 
     def _located(self, addresses: NDArray, width: int) -> list[tuple[_Buffer, NDArray | slice, NDArray]]:
         which = (addresses >> np.uint64(44)).astype(np.int64) - 1
@@ -95,7 +97,9 @@ class Memory:
     def _reads(self, buffer: _Buffer, lanes: NDArray, units: NDArray) -> None:
         now = self.barriers[self._programs[lanes]]
         self._check(buffer, "read", lanes, now, buffer.writer[units], buffer.written[units])
-        shared = (buffer.reader[units] != lanes) & (buffer.read[units] == now) & (buffer.reader[units] != _NOBODY)
+        shared = (
+            (buffer.reader[units] != lanes) & (buffer.read[units] == now) & (buffer.reader[units] != _NOBODY)
+        )
         buffer.reader[units] = np.where(shared, _SEVERAL, lanes)
         buffer.read[units] = now
 

@@ -3,8 +3,11 @@
 import re
 import struct
 from dataclasses import dataclass, field
+from typing import Any
 
-_STATEMENT = re.compile(r"(?:@(?P<negated>!?)(?P<guard>[%\w]+)\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>.*)", re.DOTALL)
+_STATEMENT = re.compile(
+    r"(?:@(?P<negated>!?)(?P<guard>[%\w]+)\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>.*)", re.DOTALL
+)
 _LOCATION = re.compile(r"\.loc\s.*?//\s*(\S+?):\d+(?:\s|$)")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([%\w]+)(?:<\d+>)?")
 
@@ -43,6 +46,7 @@ class Instruction:
     guard: str | None
     is_negated: bool
     where: str
+    operation: Any = None  # what the machine makes of it when it first runs it
 
     def __str__(self) -> str:
         return f"{'.'.join(self.opcode)} ({self.where})"
@@ -92,7 +96,9 @@ def _instruction(text: str, where: str) -> Instruction:
     if match is None:
         raise ValueError(f"ptx: cannot read {text!r} ({where})")
     operands = tuple(_operand(x) for x in _divided(match["operands"]))
-    return Instruction(tuple(match["opcode"].split(".")), operands, match["guard"], bool(match["negated"]), where)
+    return Instruction(
+        tuple(match["opcode"].split(".")), operands, match["guard"], bool(match["negated"]), where
+    )
 
 
 def _divided(text: str) -> list[str]:
