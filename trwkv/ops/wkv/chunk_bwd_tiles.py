@@ -52,21 +52,33 @@ def load_entered(ptr, lane, P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def load_grad_y(
-    p_grad, weights, of_channels, row, c,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr, GROUPS: tl.constexpr,
+def load_grad_rows(
+    p_grad, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STRIDE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of each perspective's y at one token, and that of the aggregated output (zero when there is none).
+    """The output's gradient at BLOCK_T tokens, as memory has it: a row for each perspective, or one for their sum."""
+    N: tl.constexpr = P if WEIGHTS == "none" else 1
+    out = ()
+    for i in tl.static_range(BLOCK_T * N):
+        out += (load_row(p_grad + (i // N) * STRIDE + (i % N) * C, c, C, BLOCK_C, 0.0),)
+    return out
 
-    p_grad: where the gradient of this token's output is.
+
+@triton.jit
+def grad_of_y(
+    rows, j: tl.constexpr, weights, of_channels, row,
+    P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of each perspective's y at token j of these rows, and that of the aggregated output (zero when there is
+    none). `row` counts tokens over the batch.
     """
     out = ()
-    g = tl.zeros([BLOCK_C], tl.float32)
     if WEIGHTS == "none":
+        g = tl.zeros([BLOCK_C], tl.float32)
         for p in tl.static_range(P):
-            out += (load_row(p_grad + p * C, c, C, BLOCK_C, 0.0).to(tl.float32),)
+            out += (rows[j * P + p].to(tl.float32),)
     else:
-        g = load_row(p_grad, c, C, BLOCK_C, 0.0).to(tl.float32)
+        g = rows[j].to(tl.float32)
         weight = token_weights(weights, of_channels, row, P, WEIGHTS, GROUPS)
         for p in tl.static_range(P):
             out += (g * weight[p],)
@@ -117,7 +129,10 @@ def fast_tile_bwd(
     W, U, tile_W, tile_W_low, _, _ = fast
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C // GROUPS
-    p_grad = grad_output + row * WIDTH
+    # All at once: after the store of a gradient the compiler moves no load before it.
+    grad_rows = load_grad_rows(
+        grad_output + row * WIDTH, c, C, P, BLOCK_C, BLOCK_T, STEP * WIDTH, WEIGHTS
+    )
     p_grad_k = grad_k + row * C
     p_grad_v = grad_v + row * C
     A_rows = A  # entry j * P + p: before token j
@@ -150,8 +165,8 @@ def fast_tile_bwd(
         e = e_rows[j]
         j_v = widen(v_rows[j], PAIRED)
         ev = e * j_v
-        grad_y, g = load_grad_y(
-            p_grad + j * STEP * WIDTH, weights, of_channels, row + j * STEP, c, C, P, BLOCK_C, WEIGHTS, GROUPS
+        grad_y, g = grad_of_y(
+            grad_rows, j, weights, of_channels, row + j * STEP, P, BLOCK_C, WEIGHTS, GROUPS
         )
         y = ()
         a_next = ()
@@ -309,10 +324,8 @@ def exact_tile_bwd(
             A_exponent = O_next
         e, exponent = split_k(load_row(k + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
-        grad_y, g = load_grad_y(
-            grad_output + (row + at * STEP) * WIDTH, weights, of_channels, row + at * STEP, c,
-            C, P, BLOCK_C, WEIGHTS, GROUPS,
-        )  # fmt: skip
+        i_grad = load_grad_rows(grad_output + (row + at * STEP) * WIDTH, c, C, P, BLOCK_C, 1, 0, WEIGHTS)
+        grad_y, g = grad_of_y(i_grad, 0, weights, of_channels, row + at * STEP, P, BLOCK_C, WEIGHTS, GROUPS)
         a, b, O, joined, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
             a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
             decay, decay_exponent, bonus, bonus_exponent, P, PTX,
