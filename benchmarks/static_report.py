@@ -7,7 +7,9 @@
 An element is one token of one channel. A tile's loop is found in the machine code by the exponentials unrolled in it;
 its path around the exact branch (which holds a loop of its own) is counted. The prediction for an H200 (132 SMs, 1.98
 GHz, four issue slots and 16 special-function results per SM and clock, 4.3 TB/s) is the largest of issue, special
-functions and memory: it ignores latency, so it is a floor, and no measurement.
+functions and memory: it ignores latency, so it is a floor, and no measurement. The last columns are what the waits
+written into the instructions add (static_schedule.py), without the memory's limit: with one warp for each scheduler and
+with as many as the registers allow, if loads find their data in the L2 cache (300 cycles), where prefetches bring it.
 """
 
 import argparse
@@ -22,6 +24,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 
 from static_sass import FastPath, fast_paths, machine_code
+from static_schedule import cycles
 from trwkv.ops._compile import Launch, record_launches, resources
 from trwkv.ops._tuning import INSTRUCTION_BUDGET, config_for
 from trwkv.ops.wkv import chunk
@@ -30,6 +33,7 @@ from trwkv.report import environment
 SMS, CLOCK, COPY = 132, 1.98e9, 4.3e12
 ISSUE = SMS * CLOCK * 4 * 32  # instructions of one lane per second
 SPECIAL = SMS * CLOCK * 16
+LOAD = 300  # cycles, of one that the L2 cache answers
 B, T, C = 32, 2048, 1024  # enough to fill the machine: one chunk per row
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -63,6 +67,11 @@ def row(name: str, launch: Launch, P: int, dtype: str, capability: int) -> dict[
     issue = total.instructions / elements / ISSUE * 1e12
     special = total.count("MUFU", "F2I", "FRND", "I2F") / elements / SPECIAL * 1e12
     memory = accesses * size / COPY * 1e12
+    warps = 65536 // (-(-cost.registers // 8) * 8 * 32) // 4  # of each scheduler
+    one, full = (
+        cycles(total.trace, n, LOAD) / (32 * elements) / (4 * SMS * CLOCK) * 1e12 if total.trace else 0.0
+        for n in (1, warps)
+    )
     return {
         "kernel": name, "P": P, "dtype": dtype, "sm": capability, "block": [channels, tokens],
         "registers": cost.registers, "spill_bytes": cost.spill_bytes, "loops": len(paths),
@@ -74,6 +83,7 @@ def row(name: str, launch: Launch, P: int, dtype: str, capability: int) -> dict[
         "contiguous_bytes": channels // 32 * size,  # of a token, in one lane
         "budget": INSTRUCTION_BUDGET.get((name, P)),
         "ps_issue": issue, "ps_special": special, "ps_memory": memory, "ps_floor": max(issue, special, memory),
+        "warps": warps, "ps_one_warp": one, "ps_full": full,
     }  # fmt: skip
 
 
@@ -113,7 +123,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "stores",
         "bytes",
     )
-    names += ("budget", "issue ps", "special ps", "memory ps", "floor ps")
+    names += ("budget", "issue ps", "special ps", "memory ps", "floor ps", "one warp ps", "warps", "full ps")
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for r in rows:
         lines.append(
@@ -122,7 +132,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {r['fma_per_element']:.1f} | {r['loads_per_element']:.2f} | {r['stores_per_element']:.2f} "
             f"| {r['narrowest_load']}, {r['narrowest_store']} "
             f"| {r['budget'] or ''} | {r['ps_issue']:.2f} | {r['ps_special']:.2f} | {r['ps_memory']:.2f} "
-            f"| {r['ps_floor']:.2f} |"
+            f"| {r['ps_floor']:.2f} | {r['ps_one_warp']:.2f} | {r['warps']} | {r['ps_full']:.2f} |"
         )
     return "\n".join(lines)
 

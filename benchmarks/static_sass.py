@@ -9,6 +9,7 @@ from typing import Any
 
 from trwkv.ops._compile import _tool
 
+_CONTROL = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/\s*$")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 # Bytes that a lane moves, by modifier; without one of these 4.
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
@@ -21,6 +22,8 @@ class FastPath:
 
     opcodes: dict[str, int]
     instructions: int
+    trace: tuple[tuple[str, int], ...] = ()
+    """In their order, each with the upper half of its encoding, which says what it waits for."""
 
     def count(self, *names: str) -> int:
         """How many begin with one of these names."""
@@ -37,20 +40,21 @@ class FastPath:
 
     def __add__(self, other: "FastPath") -> "FastPath":
         opcodes = Counter(self.opcodes) + Counter(other.opcodes)
-        return FastPath(dict(opcodes), self.instructions + other.instructions)
+        return FastPath(dict(opcodes), self.instructions + other.instructions, self.trace + other.trace)
 
 
 def machine_code(compiled: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
-        return _tool("nvdisasm", "-c", str(binary))
+        return _tool("nvdisasm", "-c", "-hex", str(binary))
 
 
 def fast_paths(code: str, *, exponentials: int) -> list[FastPath]:
     """One for every loop that itself, not in a loop within, computes that many exponentials or more."""
     program: list[tuple[str, str, bool]] = []  # opcode, target label, whether it is predicated
     labels: dict[str, int] = {}
+    controls: list[int] = []
     for line in code.splitlines():
         if line.startswith(".L_"):
             labels[line.split(":")[0]] = len(program)
@@ -58,6 +62,9 @@ def fast_paths(code: str, *, exponentials: int) -> list[FastPath]:
             target = _TARGET.search(match[3]) if match[2].startswith("BRA") else None
             is_conditional = bool(match[1]) or bool(re.search(r"BRA\s+!?U?P\d", match[2] + match[3]))
             program.append((match[2], target[1] if target else "", is_conditional))
+            controls.append(0)
+        elif controls and (encoding := _CONTROL.match(line)):
+            controls[-1] = int(encoding[1], 16)
     loops = [
         (labels[target], at)
         for at, (opcode, target, _) in enumerate(program)
@@ -66,7 +73,12 @@ def fast_paths(code: str, *, exponentials: int) -> list[FastPath]:
     paths = []
     for begin, end in loops:
         inner = [loop for loop in loops if begin <= loop[0] and loop[1] <= end and loop != (begin, end)]
-        path = _follow(program, labels, begin, end, inner)
+        steps = _follow(program, labels, begin, end, inner)
+        path = FastPath(
+            dict(Counter(program[at][0] for at in steps)),
+            len(steps),
+            tuple((program[at][0], controls[at]) for at in steps),
+        )
         if path.opcodes.get("MUFU.EX2", 0) >= exponentials:
             paths.append(path)
     return paths
@@ -78,7 +90,7 @@ def _follow(
     begin: int,
     end: int,
     inner: list[tuple[int, int]],
-) -> FastPath:
+) -> list[int]:
     """From the loop's first instruction to its branch back: of all ways around the loops within, the one that computes
     most exponentials, which are unrolled on the fast path alone; of those the shortest.
     """
@@ -98,10 +110,7 @@ def _follow(
             exponentials = float("-inf")
         value[at] = (exponentials + (opcode == "MUFU.EX2"), negative_length - 1)
         after[at] = best
-    opcodes: Counter[str] = Counter()
-    at = begin
-    while True:
-        opcodes[program[at][0]] += 1
-        if at == end:
-            return FastPath(dict(opcodes), sum(opcodes.values()))
-        at = after[at]
+    steps = [begin]
+    while steps[-1] != end:
+        steps.append(after[steps[-1]])
+    return steps

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from static_sass import FastPath, fast_paths
+from static_schedule import controls, cycles
 
 REPORT = Path(__file__).parents[2] / "benchmarks" / "static_report.py"
 
@@ -93,3 +94,19 @@ def test_the_fast_path_is_followed() -> None:
     assert [path.narrowest(x) for x in ("LDG", "STG", "LDS")] == [4, 4, None]
     wide = FastPath({"LDG.E.128.CONSTANT": 2, "LDG.E.64": 1, "STG.E.U16": 1, "STG.E": 3}, 7)
     assert [wide.narrowest(x) for x in ("LDG", "STG")] == [8, 2]
+
+
+def encoding(stall: int, result: int = 7, mask: int = 0) -> int:
+    return (stall | result << 5 | 7 << 8 | mask << 11) << 41
+
+
+def test_the_schedule_of_a_loop() -> None:
+    """Waits between instructions are filled by other warps, those for a load too; a unit that is busy is not."""
+    assert controls(encoding(5, 2, 0b101)) == (5, 2, 7, 0b101)
+    chain = [("FFMA", encoding(4))] * 10
+    assert cycles(chain, 1, 300) == 40
+    assert cycles(chain, 4, 300) == pytest.approx(10, abs=0.5)
+    load = [("LDG.E", encoding(1, result=3)), ("FADD", encoding(1, mask=1 << 3))]
+    assert cycles(load, 1, 300) == pytest.approx(301, abs=1)
+    assert cycles(load, 3, 300) == pytest.approx(301 / 3, abs=2)
+    assert cycles([("MUFU.EX2", encoding(1))] * 10, 8, 300) == pytest.approx(80, abs=1)

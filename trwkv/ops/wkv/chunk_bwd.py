@@ -28,7 +28,7 @@ from trwkv.ops.wkv.kernel_math import (
     zeros,
 )
 from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk, locate_sequence
-from trwkv.ops.wkv.kernel_tiles import no_tile, tile_source
+from trwkv.ops.wkv.kernel_tiles import no_tile, prefetch_rows, tile_source
 from trwkv.ops.wkv.kernel_unit import enter_tile, exponents
 
 
@@ -99,6 +99,8 @@ def wkv_chunk_bwd_kernel(
     tiles: tl.constexpr = SEGMENT // BLOCK_T
     tl.static_assert(tiles <= 32, "a bit for each")
     STEP: tl.constexpr = -1 if REVERSE else 1
+    OUTPUTS: tl.constexpr = P if WEIGHTS == "none" else 1
+    WIDTH: tl.constexpr = OUTPUTS * C // GROUPS  # of a row of grad_output
     i_c = tl.program_id(0) % n_blocks
     index = tl.program_id(0) // n_blocks
     lane = tl.arange(0, BLOCK_C)
@@ -152,6 +154,13 @@ def wkv_chunk_bwd_kernel(
         segment = begin + (n_segments - 1 - i_s) * SEGMENT
         stop = tl.minimum(segment + SEGMENT, end)
         n_tiles = (stop - segment + BLOCK_T - 1) // BLOCK_T
+        for p in tl.static_range(OUTPUTS):  # for the way back
+            prefetch_rows(
+                grad_output + p * C, row0, segment, stop - 1, c0, WIDTH, C, BLOCK_C, SEGMENT, STEP, PTX
+            )
+        before = tl.maximum(segment - SEGMENT, begin)  # the next segment
+        prefetch_rows(k, row0, before, end - 1, c0, C, C, BLOCK_C, SEGMENT, STEP, PTX)
+        prefetch_rows(v, row0, before, end - 1, c0, C, C, BLOCK_C, SEGMENT, STEP, PTX)
         A, B, O_state = load_triple(
             p_states + (segment // SEGMENT).to(tl.int64) * (3 * P * C), c, C, P, BLOCK_C
         )

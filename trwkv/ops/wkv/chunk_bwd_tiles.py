@@ -130,9 +130,7 @@ def fast_tile_bwd(
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C // GROUPS
     # All at once: after the store of a gradient the compiler moves no load before it.
-    grad_rows = load_grad_rows(
-        grad_output + row * WIDTH, c, C, P, BLOCK_C, BLOCK_T, STEP * WIDTH, WEIGHTS
-    )
+    grad_rows = load_grad_rows(grad_output + row * WIDTH, c, C, P, BLOCK_C, BLOCK_T, STEP * WIDTH, WEIGHTS)
     p_grad_k = grad_k + row * C
     p_grad_v = grad_v + row * C
     A_rows = A  # entry j * P + p: before token j
@@ -165,9 +163,7 @@ def fast_tile_bwd(
         e = e_rows[j]
         j_v = widen(v_rows[j], PAIRED)
         ev = e * j_v
-        grad_y, g = grad_of_y(
-            grad_rows, j, weights, of_channels, row + j * STEP, P, BLOCK_C, WEIGHTS, GROUPS
-        )
+        grad_y, g = grad_of_y(grad_rows, j, weights, of_channels, row + j * STEP, P, BLOCK_C, WEIGHTS, GROUPS)
         y = ()
         a_next = ()
         b_next = ()

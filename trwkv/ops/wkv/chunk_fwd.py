@@ -38,7 +38,7 @@ from trwkv.ops.wkv.kernel_math import (
 )
 from trwkv.ops.wkv.kernel_outputs import channel_weights, gated, store_output, store_token_state, sum_so_far
 from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk
-from trwkv.ops.wkv.kernel_tiles import load_rows, load_tile, no_tile, tile_source, widen
+from trwkv.ops.wkv.kernel_tiles import load_rows, load_tile, no_tile, prefetch_rows, tile_source, widen
 from trwkv.ops.wkv.kernel_unit import enter_tile, join, split
 
 
@@ -129,6 +129,9 @@ def wkv_chunk_fwd_kernel(
         tile = no_tile(source, BLOCK_T)
         is_fast = begin > end  # nor does the tile before the first do anything but load it
         for t0 in range(begin - BLOCK_T, end, BLOCK_T):
+            # The next tile is loaded in this one's time: too short where warps are few.
+            prefetch_rows(k, row0, t0 + 2 * BLOCK_T, end - 1, c0, C, C, BLOCK_C, BLOCK_T, STEP, PTX)
+            prefetch_rows(v, row0, t0 + 2 * BLOCK_T, end - 1, c0, C, C, BLOCK_C, BLOCK_T, STEP, PTX)
             A, B, O, rest, bound, is_joint, tile = walk_tile(
                 A, B, O, rest, is_fast, fast, tile, source, w, u, k, v, weights, sums, plane, row0, t0, begin, end, c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, PAIRED, PTX,

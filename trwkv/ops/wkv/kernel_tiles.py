@@ -59,6 +59,26 @@ def load_tile(
 
 
 @triton.jit
+def prefetch_rows(
+    ptr, row0, t, last, c0, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    STEP: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Has the L2 cache fetch rows of WIDTH elements, those of tokens t .. t + BLOCK_T - 1 up to `last`. In one or two
+    instructions: every lane asks for 32 bytes.
+    """
+    if PTX:
+        SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+        SECTORS: tl.constexpr = max(1, BLOCK_C * SIZE // 32)
+        i = tl.arange(0, BLOCK_T * SECTORS)
+        token = tl.minimum(t + i // SECTORS, last)  # no branch, and never an address outside
+        at = tl.minimum(c0 + i % SECTORS * (BLOCK_C // SECTORS), C - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr + (row0 + token * STEP) * WIDTH + at],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def widen(x, PAIRED: tl.constexpr):
     """x in float32. PAIRED, a dtype: every int32 of x holds two such numbers, of one channel and the next."""
     if PAIRED == "bfloat16":

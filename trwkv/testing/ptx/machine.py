@@ -184,6 +184,13 @@ def _store(machine: Machine, instruction: Instruction) -> None:
         machine.memory.store(machine.lanes[mask], addresses + np.uint64(i * width), words[mask])
 
 
+def _prefetch(machine: Machine, instruction: Instruction) -> None:
+    """Nothing but a check of the address."""
+    mask = machine.mask(instruction)
+    if mask.any():
+        machine.memory.touch(_addresses(machine, instruction, instruction.operands[0], mask, 1))
+
+
 def _barrier(machine: Machine, instruction: Instruction) -> None:
     if instruction.operands != (Immediate(0),):  # not one of all lanes
         raise NotImplementedError(f"ptx: no way to run {instruction}")
@@ -215,5 +222,5 @@ def _shuffle(machine: Machine, instruction: Instruction) -> None:
 
 
 _SPECIAL: dict[str, Callable[[Machine, Instruction], None]] = {
-    "mov": _move, "ld": _load, "st": _store, "bar": _barrier, "redux": _reduce, "shfl": _shuffle,
+    "mov": _move, "ld": _load, "st": _store, "prefetch": _prefetch, "bar": _barrier, "redux": _reduce, "shfl": _shuffle,
 }  # fmt: skip

@@ -77,6 +77,10 @@ class Memory:
                 chosen
             ]
 
+    def touch(self, addresses: NDArray) -> None:
+        """Fails where a load would, for a byte."""
+        self._located(addresses, 1)
+
     def _located(self, addresses: NDArray, width: int) -> list[tuple[_Buffer, NDArray | slice, NDArray]]:
         which = (addresses >> np.uint64(44)).astype(np.int64) - 1
         out = []
