@@ -154,13 +154,13 @@ def wkv_chunk_bwd_kernel(
         segment = begin + (n_segments - 1 - i_s) * SEGMENT
         stop = tl.minimum(segment + SEGMENT, end)
         n_tiles = (stop - segment + BLOCK_T - 1) // BLOCK_T
-        for p in tl.static_range(OUTPUTS):  # for the way back
+        # The whole segment, and no more: those of all programs are to fit the cache.
+        prefetch_rows(k, row0, segment, stop - 1, c0, C, C, BLOCK_C, SEGMENT, STEP, PTX)
+        prefetch_rows(v, row0, segment, stop - 1, c0, C, C, BLOCK_C, SEGMENT, STEP, PTX)
+        for p in tl.static_range(OUTPUTS):
             prefetch_rows(
                 grad_output + p * C, row0, segment, stop - 1, c0, WIDTH, C, BLOCK_C, SEGMENT, STEP, PTX
             )
-        before = tl.maximum(segment - SEGMENT, begin)  # the next segment
-        prefetch_rows(k, row0, before, end - 1, c0, C, C, BLOCK_C, SEGMENT, STEP, PTX)
-        prefetch_rows(v, row0, before, end - 1, c0, C, C, BLOCK_C, SEGMENT, STEP, PTX)
         A, B, O_state = load_triple(
             p_states + (segment // SEGMENT).to(tl.int64) * (3 * P * C), c, C, P, BLOCK_C
         )
