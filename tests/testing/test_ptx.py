@@ -259,3 +259,13 @@ def test_what_cannot_be_emulated_is_refused() -> None:
         pass
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET: expected 0"), emulated_launches(90):
         pass
+
+
+def test_the_bits_of_nan() -> None:
+    x, bits = torch.full((32,), float("inf")), torch.zeros(32, dtype=torch.int32)
+    body = at("%rd10") + at("%rd11", 1)
+    body += (
+        "ld.global.b32 { %r1 }, [ %rd10 + 0 ];\nsub.f32 %r2, %r1, %r1;\nst.global.b32 [ %rd11 + 0 ], { %r2 };"
+    )
+    run(body, x, bits)
+    assert (bits == 0x7FFFFFFF).all()

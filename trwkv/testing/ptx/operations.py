@@ -76,6 +76,8 @@ def operation_of(instruction: Instruction) -> tuple[Callable[..., Bits], list[st
             operation = partial(operation, nan=True)
         if "ftz" in modifiers:
             operation = _flushing(operation)
+        if kind == "f32" and name not in ("neg", "abs"):
+            operation = _canonical(operation)
         return of_halves(operation, kind) if kind in PACKED else operation, [kind] * count, kind
     raise NotImplementedError(f"ptx: no way to run {instruction}")
 
@@ -87,7 +89,7 @@ def _conversion(instruction: Instruction) -> tuple[Callable[..., Bits], list[str
     if len(instruction.operands) == 3:
         return partial(packed, kind=to), [source, source], "b32"
     rounding = next((m for m in modifiers if m in TO_INTEGERS), None)
-    operation = convert(to, source, rounding)
+    operation = _canonical(convert(to, source, rounding))
     return _flushing(operation) if "ftz" in modifiers else operation, [source], to
 
 
@@ -98,3 +100,15 @@ def _flushing(operation: Callable[..., Bits]) -> Callable[..., Bits]:
         return flushed(x) if x.dtype == np.float32 else x
 
     return lambda *xs: flush(operation(*(flush(x) for x in xs)))
+
+
+def _canonical(operation: Callable[..., Bits]) -> Callable[..., Bits]:
+    """With the one NaN that arithmetic on float32 gives, whose bits kernels may go on with."""
+
+    def canonical(*xs: Bits) -> Bits:
+        x = operation(*xs)
+        if x.dtype == np.float32 and (is_nan := np.isnan(x)).any():
+            x = np.where(is_nan, np.uint32(0x7FFFFFFF), x.view(np.uint32)).view(np.float32)
+        return x
+
+    return canonical
