@@ -28,7 +28,12 @@ def controls(encoding: int) -> tuple[int, int, int, int]:
 
 def cycles(trace: Sequence[tuple[str, int]], warps: int, load: int, turns: int = 6) -> float:
     """What a turn of the loop takes one scheduler, for all its warps together, if a load takes `load` cycles."""
-    decoded = [(opcode.split(".")[0], *controls(encoding)) for opcode, encoding in trace]
+    decoded = []
+    for opcode, encoding in trace:
+        name = opcode.split(".")[0]
+        unit, busy = ("ALU", 2) if name in ALU else (name, BUSY.get(name, 1))
+        latency = load if name == "LDG" else LATENCY.get(name, OTHER)
+        decoded.append((unit, busy, latency, *controls(encoding)))
     total = turns * len(trace)
     at, ready = [0] * warps, [0.0] * warps
     raised = [[0.0] * 6 for _ in range(warps)]  # until when
@@ -40,8 +45,7 @@ def cycles(trace: Sequence[tuple[str, int]], warps: int, load: int, turns: int =
         for warp in [(last + i) % warps for i in range(1, warps + 1)]:
             if at[warp] == total:
                 continue
-            name, *_, mask = decoded[at[warp] % len(trace)]
-            unit = "ALU" if name in ALU else name
+            unit, *_, mask = decoded[at[warp] % len(trace)]
             start = max(
                 [ready[warp], free.get(unit, 0.0)] + [raised[warp][i] for i in range(6) if mask >> i & 1]
             )
@@ -50,12 +54,9 @@ def cycles(trace: Sequence[tuple[str, int]], warps: int, load: int, turns: int =
             if start <= now:
                 break
         now, warp = max(now, best[0]), best[1]
-        name, stall, result, operands, _ = decoded[at[warp] % len(trace)]
-        free["ALU" if name in ALU else name] = now + (2 if name in ALU else BUSY.get(name, 1))
-        for barrier, wait in (
-            (result, load if name == "LDG" else LATENCY.get(name, OTHER)),
-            (operands, OTHER),
-        ):
+        unit, busy, latency, stall, result, operands, _ = decoded[at[warp] % len(trace)]
+        free[unit] = now + busy
+        for barrier, wait in ((result, latency), (operands, OTHER)):
             if barrier != 7:
                 raised[warp][barrier] = max(raised[warp][barrier], now + wait)
         at[warp] += 1

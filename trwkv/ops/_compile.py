@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,22 +98,29 @@ def _describe(value: Any, is_constexpr: bool) -> tuple[str, bool]:
 
 
 @contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Within the block kernels are not run but collected. Outputs are whatever memory held."""
-    launches: list[Launch] = []
+def intercept_launches(handle: Callable[[Launch], None]) -> Iterator[None]:
+    """Within the block launches go to this function and not to a GPU."""
 
-    def collect(kernel: JITFunction, grid: tuple[int, ...]):
+    def intercept(kernel: JITFunction, grid: tuple[int, ...]):
         def launch(*args: Any, **options: Any) -> None:
-            launches.append(Launch(kernel, grid, args, options))
+            handle(Launch(kernel, grid, args, options))
 
         return launch
 
     original = JITFunction.__getitem__
-    JITFunction.__getitem__ = collect
+    JITFunction.__getitem__ = intercept
     try:
-        yield launches
+        yield
     finally:
         JITFunction.__getitem__ = original
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Within the block kernels are not run but collected. Outputs are whatever memory held."""
+    launches: list[Launch] = []
+    with intercept_launches(launches.append):
+        yield launches
 
 
 def resources(compiled: CompiledKernel) -> Resources:

@@ -1,17 +1,14 @@
 """Launches Triton's kernels on the CPU, compiled for a GPU that is not there."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from triton.runtime.jit import JITFunction
 
 from trwkv.ops import _dispatch
-from trwkv.ops._compile import Launch
+from trwkv.ops._compile import Launch, intercept_launches
 from trwkv.ops._dispatch import is_interpreting
 from trwkv.testing.ptx.machine import WARP, Machine
 from trwkv.testing.ptx.memory import Memory
@@ -22,12 +19,14 @@ _PROGRAMS: dict[tuple, Program] = {}
 
 def run(launch: Launch, capability: int) -> Machine:
     """Compiles a launch for this compute capability and runs it on the CPU, on the tensors that it was given."""
+    if len(launch.grid) > 1:
+        raise NotImplementedError(f"ptx: expected a grid of one axis; got {launch.grid}")
     key = (launch.kernel, capability, launch.specialization())
     if key not in _PROGRAMS:
         _PROGRAMS[key] = parse(launch.compile(capability).asm["ptx"])
     program = _PROGRAMS[key]
     arguments = launch.runtime_arguments()
-    grid = math.prod(launch.grid)
+    (grid,) = launch.grid
     threads = launch.options.get("num_warps", 4) * WARP
     memory = Memory(
         {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)},
@@ -54,16 +53,8 @@ def emulated_launches(capability: int = 90) -> Iterator[list[Machine]]:
         raise RuntimeError("TRITON_INTERPRET: expected 0, for kernels that are compiled; got 1")
     machines: list[Machine] = []
 
-    def emulate(kernel: JITFunction, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
-            if len(grid) > 1:
-                raise NotImplementedError(f"ptx: expected a grid of one axis; got {grid}")
-            machines.append(run(Launch(kernel, grid, args, options), capability))
-
-        return launch
-
     with (
-        mock.patch.object(JITFunction, "__getitem__", emulate),
+        intercept_launches(lambda launch: machines.append(run(launch, capability))),
         mock.patch.object(_dispatch, "_require_triton", lambda device, dtype: None),
     ):
         yield machines

@@ -30,6 +30,9 @@ class _Buffer:
     reader: NDArray
     read: NDArray
 
+    def words(self, width: int) -> NDArray:
+        return self.data[: len(self.data) // width * width].view(f"u{width}")
+
 
 class Memory:
     """`lanes` have numbers, those of one program side by side; only those of one can be ordered, by a barrier."""
@@ -63,7 +66,7 @@ class Memory:
         """Words of so many bytes."""
         out = np.zeros(len(lanes), f"u{width}")
         for buffer, chosen, offsets in self._located(addresses, width):
-            out[chosen] = buffer.data[: len(buffer.data) // width * width].view(out.dtype)[offsets // width]
+            out[chosen] = buffer.words(width)[offsets // width]
             for units in _units(offsets, width):
                 self._reads(buffer, lanes[chosen], units)
         return out
@@ -73,9 +76,7 @@ class Memory:
         for buffer, chosen, offsets in self._located(addresses, width):
             for units in _units(offsets, width):
                 self._writes(buffer, lanes[chosen], units)
-            buffer.data[: len(buffer.data) // width * width].view(words.dtype)[offsets // width] = words[
-                chosen
-            ]
+            buffer.words(width)[offsets // width] = words[chosen]
 
     def touch(self, addresses: NDArray) -> None:
         """Fails where a load would, for a byte."""

@@ -9,7 +9,6 @@ _STATEMENT = re.compile(
     r"(?:@(?P<negated>!?)(?P<guard>[%\w]+)\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>.*)", re.DOTALL
 )
 _LOCATION = re.compile(r"\.loc\s.*?//\s*(\S+?):\d+(?:\s|$)")
-_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([%\w]+)(?:<\d+>)?")
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,7 @@ def _operand(text: str) -> Operand:
     if text.startswith("["):
         base, _, offset = text[1:-1].strip().replace("+ -", "+-").partition("+")
         return Address(base.strip(), int(offset or 0))
-    if text.startswith("0f"):
-        return Immediate(int(text[2:], 16))
-    if text.startswith("0d"):
+    if text.startswith(("0f", "0d")):
         return Immediate(int(text[2:], 16))
     if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
         return Immediate(int(text.rstrip("U"), 0))
