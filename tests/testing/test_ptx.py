@@ -190,6 +190,16 @@ def test_faults(body: str, message: str | None) -> None:
             run(body, x)
 
 
+@pytest.mark.parametrize("misaligned", [0, 4])
+def test_an_access_in_front_of_a_tensor_is_said_to_be_that(misaligned: int) -> None:
+    pages = torch.zeros(4096, dtype=torch.int32)
+    start = (-pages.data_ptr() % 4096 + misaligned) // 4
+    x, y = pages[start : start + 32], pages[start + 1024 : start + 1056]
+    assert x.data_ptr() % 4096 == y.data_ptr() % 4096 == misaligned
+    with pytest.raises(MemoryFault, match="tensor 1: 4 bytes at -4 of 128"):
+        run(at("%rd10", 1) + "ld.global.b32 { %r1 }, [ %rd10 + -4 ];", x, y)
+
+
 def test_no_barrier_orders_programs() -> None:
     x = torch.zeros(64, dtype=torch.int32)
     own = (

@@ -1,7 +1,7 @@
 """Global memory of one launch: the tensors that a kernel was given, and nothing else.
 
-Every tensor has addresses of its own, far from any other's. An access beyond it, across its end or at an address that
-is no multiple of its width is an error, and so is one that races with another lane's.
+Every tensor has addresses of its own, far from any other's, in front of it and behind. An access beyond it, across its
+end or at an address that is no multiple of its width is an error, and so is one that races with another lane's.
 """
 
 import ctypes
@@ -55,7 +55,8 @@ class Memory:
             units = (end - begin) // _UNIT
             data = np.ctypeslib.as_array((ctypes.c_ubyte * (end - begin)).from_address(begin))
             nobody = [np.full(units, _NOBODY, np.int64) for _ in range(4)]
-            self._buffers.append(_Buffer(" = ".join(names), i * _SPACING + begin % 4096, data, *nobody))
+            seen = i * _SPACING + _SPACING // 2 + begin % 4096
+            self._buffers.append(_Buffer(" = ".join(names), seen, data, *nobody))
             for name in names:
                 self._addresses[name] = self._buffers[-1].begin + tensors[name].data_ptr() - begin
 
@@ -83,14 +84,14 @@ class Memory:
         self._located(addresses, 1)
 
     def _located(self, addresses: NDArray, width: int) -> list[tuple[_Buffer, NDArray | slice, NDArray]]:
-        which = (addresses >> np.uint64(44)).astype(np.int64) - 1
+        which = addresses.astype(np.int64) // _SPACING - 1
         out = []
         for i in np.unique(which):
             if not 0 <= i < len(self._buffers):
                 raise MemoryFault(f"address {int(addresses[which == i][0]):#x} is that of no tensor")
             chosen = which == i
             buffer = self._buffers[i]
-            offsets = (addresses[chosen] - np.uint64(buffer.begin)).astype(np.int64)
+            offsets = addresses[chosen].astype(np.int64) - buffer.begin
             if offsets.min() < 0 or offsets.max() > len(buffer.data) - width:
                 at = offsets[(offsets < 0) | (offsets > len(buffer.data) - width)][0]
                 raise MemoryFault(f"{buffer.name}: {width} bytes at {at} of {len(buffer.data)}")
