@@ -176,7 +176,7 @@ class Transformers(HuggingFaceModel):
 
 
 class Trwkv(HuggingFaceModel):
-    state_argument = "past_key_values"
+    state_argument = "cache"
 
     def __init__(self, setting: Setting) -> None:
         from trwkv.models import TemporalRwkvForCausalLM
@@ -188,7 +188,7 @@ class Trwkv(HuggingFaceModel):
         return self.cls.from_rwkv4(source, **options)
 
     def wkv_state(self, output: Any) -> Tensor:
-        return output.past_key_values.layers[0].wkv
+        return output.cache.layers[0].wkv
 
     def written(self, name: str) -> Any:
         self.model.to_rwkv4(self.setting.folder / name)

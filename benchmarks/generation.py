@@ -73,7 +73,7 @@ def measure(
         PROMPT.to(device),
         max_new_tokens=n_tokens,
         do_sample=False,
-        past_key_values=cache,
+        cache=cache,
         streamer=meter,
         pad_token_id=0,
     )

@@ -16,14 +16,14 @@ LEFT_PADDED = torch.tensor([[1] * 6, [0] * 2 + [1] * 4, [0] * 5 + [1]])
 
 def logits_after(model, cache, tokens):
     with torch.no_grad():
-        return model(tokens, past_key_values=cache).logits
+        return model(tokens, cache=cache).logits
 
 
 def cache_of(model, tokens, **options):
     cache = TemporalRwkvCache(model.config.num_hidden_layers, **options)
     with torch.no_grad():
         for part in tokens.split(4, dim=1):
-            model(part, past_key_values=cache)
+            model(part, cache=cache)
     return cache
 
 
@@ -54,7 +54,7 @@ def test_changing_rows_changes_which_have_started():
     mask = LEFT_PADDED.clone()
     mask[1] = 0
     with torch.no_grad():
-        cache = model(tokens, attention_mask=mask).past_key_values
+        cache = model(tokens, attention_mask=mask).cache
     assert cache.started.tolist() == [True, False, True]
     cache.reorder_cache(torch.tensor([1, 1, 2]))
     assert cache.started.tolist() == [False, False, True]
@@ -138,17 +138,17 @@ def test_a_recorded_state_can_be(kind, crops):
     mask[:, :6] = LEFT_PADDED
     cache = TemporalRwkvCache(2)
     with torch.no_grad():
-        model(tokens[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+        model(tokens[:, :7], attention_mask=mask[:, :7], cache=cache)
         cache.activate_past_recording()
-        model(tokens[:, 7:9], past_key_values=cache)
-        model(tokens[:, 9:12], past_key_values=cache)
+        model(tokens[:, 7:9], cache=cache)
+        model(tokens[:, 9:12], cache=cache)
         for crop in crops:
             cache.crop(crop)
         length = 12 + sum(crops) if crops[0] <= 0 else crops[0]
         assert cache.get_seq_length() == length
         with pytest.raises(ValueError, match=f"drop at most the {length - 7} last places, those recorded"):
             cache.crop(6 - length)
-        expected = model(tokens[:, :length], attention_mask=mask[:, :length]).past_key_values
+        expected = model(tokens[:, :length], attention_mask=mask[:, :length]).cache
     following = random_tokens(3, 2, seed=8)
     torch.testing.assert_close(
         logits_after(model, cache, following), logits_after(model, expected, following), rtol=0, atol=1e-5
@@ -162,9 +162,7 @@ def test_it_is_one_of_hugging_faces_and_theirs_are_not_ours():
     cache = TemporalRwkvCache(2)
     assert isinstance(cache, Cache) and all(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
     assert cache.layers[0].get_max_length() == cache.layers[0].get_max_cache_shape() == -1
-    with pytest.raises(
-        TypeError, match=r"past_key_values: expected a TemporalRwkvCache\(2\) .* got DynamicCache"
-    ):
-        random_model()(random_tokens(1, 3), past_key_values=DynamicCache())
+    with pytest.raises(TypeError, match=r"cache: expected a TemporalRwkvCache\(2\) .* got DynamicCache"):
+        random_model()(random_tokens(1, 3), cache=DynamicCache())
     with pytest.raises(ValueError, match="expected static=False"):
         TemporalRwkvCache(2, static=True).activate_past_recording()

@@ -8,6 +8,7 @@ from test_models import KINDS, random_model, random_tokens
 from transformers import DynamicCache
 
 from trwkv.models import TemporalRwkvCache, TemporalRwkvForCausalLM
+from trwkv.models.cache import CACHE_NAME
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
 
@@ -59,6 +60,29 @@ def test_a_padded_row_generates_what_it_does_alone(kind, side, use_cache):
             torch.testing.assert_close(a[row], b[0], rtol=0, atol=2e-5)
 
 
+def test_the_cache_has_two_names():
+    model, tokens = random_model(), random_tokens(2, 6)
+    following = random_tokens(2, 3)
+    with torch.no_grad():
+        logits = []
+        for name in ("cache", "past_key_values"):
+            output = model(tokens)
+            assert getattr(output, name) is output[CACHE_NAME] is output[2 - 1]
+            logits.append(model(following, **{name: output.cache}).logits)
+        assert torch.equal(*logits)
+        both = {"cache": model(tokens).cache, "past_key_values": output.cache}
+    said = torch.cat([tokens, following], dim=1)
+    generated = []
+    for name, cache in both.items():
+        cache.reset()
+        generated.append(model.generate(said, attention_mask=all_ones(said), **{name: cache}, **GREEDY))
+        assert cache.get_seq_length() == said.shape[1] + 11
+    assert torch.equal(*generated)
+    for call in (model, model.rwkv, model.generate):
+        with pytest.raises(ValueError, match="cache, past_key_values: expected one of them .* got both"):
+            call(tokens, **both)
+
+
 def test_no_name_of_a_class_makes_hugging_face_choose_the_cache():
     class Renamed(TemporalRwkvForCausalLM):
         pass
@@ -67,7 +91,7 @@ def test_no_name_of_a_class_makes_hugging_face_choose_the_cache():
     assert not Renamed._supports_default_dynamic_cache()
     model.__class__ = Renamed
     output = model.generate(tokens, return_dict_in_generate=True, **GREEDY)
-    assert type(output.past_key_values) is TemporalRwkvCache
+    assert type(output[CACHE_NAME]) is TemporalRwkvCache
     assert torch.equal(output.sequences, rerun_greedily(model, tokens, 12))
 
 
@@ -79,7 +103,7 @@ def test_each_step_runs_one_token_and_the_state_keeps_its_size(monkeypatch):
     def spy(self, input_ids, **kwargs):
         output = forward(self, input_ids, **kwargs)
         lengths.append(input_ids.shape[1])
-        sizes.append(output.past_key_values.nbytes())
+        sizes.append(output.cache.nbytes())
         return output
 
     monkeypatch.setattr(type(model.rwkv), "forward", spy)
@@ -128,9 +152,7 @@ def test_prefill_in_chunks(padding, given):
     options = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
     plain = model.generate(tokens, attention_mask=mask, **options)
     cache = TemporalRwkvCache(model.config.num_hidden_layers) if given else None
-    chunked = model.generate(
-        tokens, attention_mask=mask, past_key_values=cache, prefill_chunk_size=2, **options
-    )
+    chunked = model.generate(tokens, attention_mask=mask, cache=cache, prefill_chunk_size=2, **options)
     assert torch.equal(plain.sequences, chunked.sequences)
     for a, b in zip(plain.logits, chunked.logits, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
@@ -149,7 +171,7 @@ def test_a_conversation_continues_from_the_returned_state(kind, new_alone):
         unseen = said.shape[1] - cache.get_seq_length()
         tokens = said[:, -unseen:] if new_alone else said
         for state in (copy.deepcopy(cache), cache):
-            output = model.generate(tokens, attention_mask=all_ones(said), past_key_values=state, **GREEDY)
+            output = model.generate(tokens, attention_mask=all_ones(said), cache=state, **GREEDY)
             assert torch.equal(output[:, -12:], expected[:, -12:])
             assert state.get_seq_length() == expected.shape[1] - 1  # the last token has not been run yet
         said = expected
@@ -159,22 +181,20 @@ def test_a_padded_conversation_continues():
     model, tokens, following = random_model(), random_tokens(2, 6), random_tokens(2, 4, seed=9)
     mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
     with torch.no_grad():
-        cache = model(tokens, attention_mask=mask).past_key_values
+        cache = model(tokens, attention_mask=mask).cache
     said, mask = torch.cat([tokens, following], dim=1), torch.cat([mask, all_ones(following)], dim=1)
     expected = model.generate(said, attention_mask=mask, **GREEDY)
-    output = model.generate(following, attention_mask=mask, past_key_values=cache, **GREEDY)
+    output = model.generate(following, attention_mask=mask, cache=cache, **GREEDY)
     assert torch.equal(output[:, 4:], expected[:, 10:])
 
 
 def test_nothing_new_to_continue_with_is_refused():
     model, tokens = random_model(), random_tokens(2, 6)
     with torch.no_grad():
-        cache = model(tokens).past_key_values
+        cache = model(tokens).cache
     for n in (6, 2):
         with pytest.raises(ValueError, match=f"input_ids: expected more tokens than the 6 .* got {n}"):
-            model.generate(
-                tokens[:, :n], attention_mask=all_ones(tokens[:, :n]), past_key_values=cache, **GREEDY
-            )
+            model.generate(tokens[:, :n], attention_mask=all_ones(tokens[:, :n]), cache=cache, **GREEDY)
 
 
 ASSISTANTS = {
@@ -206,15 +226,12 @@ def test_assisted_generation_is_greedy_generation(assistant, padding, monkeypatc
     assert torch.equal(output.sequences, expected)
     if assistant == "itself":
         assert len(runs) < 16 and sum(runs) == expected.shape[1] - 1  # nothing to take back
-    cache = output.past_key_values
+    cache = output[CACHE_NAME]
     assert cache.recording is None
     with torch.no_grad():
         seen = expected[:, : cache.get_seq_length()]
         mask = torch.cat([mask, all_ones(seen[:, 8:])], dim=1)
-        after = [
-            model(tokens, past_key_values=state).logits
-            for state in (cache, model(seen, mask).past_key_values)
-        ]
+        after = [model(tokens, cache=state).logits for state in (cache, model(seen, mask).cache)]
     torch.testing.assert_close(*after, rtol=0, atol=2e-5)
 
 
@@ -223,11 +240,11 @@ def test_what_assisted_generation_cannot_do_is_refused():
     model, tokens = random_model(), random_tokens(1, 6)
     options = GREEDY | {"attention_mask": all_ones(tokens), "prompt_lookup_num_tokens": 3}
     with torch.no_grad():
-        cache = model(tokens[:, :3]).past_key_values
-    with pytest.raises(ValueError, match=r"past_key_values: expected a fresh one .* seen 3 tokens"):
-        model.generate(tokens, past_key_values=cache, **options)
+        cache = model(tokens[:, :3]).cache
+    with pytest.raises(ValueError, match=r"cache: expected a fresh one .* seen 3 tokens"):
+        model.generate(tokens, cache=cache, **options)
     with pytest.raises(ValueError, match="expected static=False"):
-        model.generate(tokens, past_key_values=TemporalRwkvCache(2, static=True), **options)
+        model.generate(tokens, cache=TemporalRwkvCache(2, static=True), **options)
     with pytest.raises(ValueError, match="use_cache"):
         model.generate(tokens, use_cache=False, **options)
 
@@ -238,5 +255,5 @@ def test_other_kinds_of_cache_are_refused(kind):
     with pytest.raises(ValueError, match=f"cache_implementation: expected .* got '{kind}'"):
         model.generate(tokens, attention_mask=all_ones(tokens), cache_implementation=kind, **GREEDY)
     for cache in (DynamicCache(), ()):
-        with pytest.raises((TypeError, ValueError), match="past_key_values"):
-            model.generate(tokens, attention_mask=all_ones(tokens), past_key_values=cache, **GREEDY)
+        with pytest.raises((TypeError, ValueError), match=f"cache|{CACHE_NAME}"):
+            model.generate(tokens, attention_mask=all_ones(tokens), cache=cache, **GREEDY)

@@ -74,8 +74,8 @@ def test_half_precision_decodes_as_it_reads(tmp_path, kind, dtype):
     assert {x.dtype for x in rounded.parameters()} == {dtype}
     error = {}
     for name, half in {"loaded": low, "rounded": rounded}.items():
-        cache = half(tokens[:, :8]).past_key_values
-        steps = [half(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(8, 24)]
+        cache = half(tokens[:, :8]).cache
+        steps = [half(tokens[:, t : t + 1], cache=cache).logits for t in range(8, 24)]
         assert {
             x.dtype for layer in cache.layers for x in (layer.attention_shift, layer.feed_forward_shift)
         } == {dtype}

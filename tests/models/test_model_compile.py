@@ -6,6 +6,7 @@ from test_models import random_model, random_tokens
 from transformers import CompileConfig
 
 from trwkv.models import TemporalRwkvCache
+from trwkv.models.cache import CACHE_NAME
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
 
@@ -35,10 +36,10 @@ def test_decoding_is_one_graph_for_all_steps(kind, static):
     expected = model(tokens).logits
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     cache = TemporalRwkvCache(2, static=static)
-    model(tokens[:, :4], past_key_values=cache)
+    model(tokens[:, :4], cache=cache)
     addresses = [x.data_ptr() for layer in cache.layers for x in layer.states().values()]
     for t in range(4, 12):
-        logits = compiled(tokens[:, t : t + 1], past_key_values=cache).logits
+        logits = compiled(tokens[:, t : t + 1], cache=cache).logits
         torch.testing.assert_close(logits, expected[:, t : t + 1], rtol=0, atol=2e-5)
     assert backend.graphs == 1
     assert cache.get_seq_length() == 12
@@ -74,7 +75,7 @@ def test_generate_compiles_the_step_on_a_static_cache():
     for _ in range(2):
         output = model.generate(tokens, attention_mask=mask, cache_implementation="static", **options)
         assert torch.equal(output.sequences, expected)
-        assert output.past_key_values.is_compileable
+        assert output[CACHE_NAME].is_compileable
     assert backend.graphs == 1
     assert torch.equal(model.generate(tokens, attention_mask=mask, **options).sequences, expected)
     assert backend.graphs == 1  # the usual cache is not compiled for

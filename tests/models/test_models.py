@@ -134,8 +134,8 @@ def test_the_state_continues_a_sequence_at_any_cut(kind):
     for cuts in ([5, 7], [1, 11], [1] * 12):
         cache, parts = None, []
         for part in tokens.split(cuts, dim=1):
-            output = model(part, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(part, cache=cache, use_cache=True)
+            cache = output.cache
             parts.append(output.logits)
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-5)
     assert cache.get_seq_length() == 12
@@ -147,8 +147,8 @@ def test_the_state_keeps_its_size():
     sizes = set()
     for length in (1, 5, 50):
         output = model(random_tokens(2, length))
-        sizes.add(output.past_key_values.nbytes())
-        sizes.add(model(random_tokens(2, 1), past_key_values=output.past_key_values).past_key_values.nbytes())
+        sizes.add(output.cache.nbytes())
+        sizes.add(model(random_tokens(2, 1), cache=output.cache).cache.nbytes())
     B, P, C, layers = 2, 3, 32, 2
     assert sizes == {4 * B * P * C * (3 + 2) * layers}
 
@@ -161,11 +161,11 @@ def test_places_without_a_token_change_nothing(kind):
     mask = torch.tensor([[0] * 6 + [1] * 4, [1] * 7 + [0] * 3, [0, 1, 1, 0, 1, 1, 1, 0, 0, 1]])
     output = model(tokens, attention_mask=mask)
     following = random_tokens(3, 2, seed=8)
-    continued = model(following, past_key_values=output.past_key_values).logits
+    continued = model(following, cache=output.cache).logits
     for row, keep in enumerate(mask.bool()):
         alone = model(tokens[row : row + 1, keep])
         torch.testing.assert_close(output.logits[row, keep], alone.logits[0], rtol=0, atol=1e-5)
-        after = model(following[row : row + 1], past_key_values=alone.past_key_values).logits
+        after = model(following[row : row + 1], cache=alone.cache).logits
         torch.testing.assert_close(continued[row], after[0], rtol=0, atol=1e-5)
     assert torch.isfinite(output.logits).all()
 
@@ -189,14 +189,14 @@ def test_wrong_inputs_are_refused():
     for shape in [(2, 4), (2, 6), (1, 5), (2, 5, 1)]:
         with pytest.raises(ValueError, match=r"attention_mask: expected shape \[B, T\] = \[2, 5\]"):
             model(tokens, attention_mask=torch.ones(shape))
-    cache = model(tokens).past_key_values
+    cache = model(tokens).cache
     with pytest.raises(ValueError, match="padding after a token"):
-        model(tokens, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values: expected a state of 2 layers"):
-        model(tokens, past_key_values=TemporalRwkvCache(3))
+        model(tokens, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), cache=cache)
+    with pytest.raises(ValueError, match="cache: expected a state of 2 layers"):
+        model(tokens, cache=TemporalRwkvCache(3))
     before = [x.clone() for x in cache.layers[0].states().values()]
     with pytest.raises(ValueError, match=r"expected a state of 3 rows.*got one of 2 .*repeat_interleave"):
-        model(random_tokens(3, 5), past_key_values=cache)
+        model(random_tokens(3, 5), cache=cache)
     assert all(torch.equal(x, y) for x, y in zip(before, cache.layers[0].states().values(), strict=True))
 
 
@@ -278,9 +278,9 @@ def test_a_new_model_may_be_of_half_precision(kind, dtype):
 def test_no_token_changes_nothing(kind):
     model, tokens = random_model(kind), random_tokens(2, 5)
     assert model(tokens[:, :0]).logits.shape == (2, 0, SIZES["vocab_size"])
-    first = model(tokens[:, :3]).past_key_values
-    nothing = model(tokens[:, :0], past_key_values=first)
-    rest = model(tokens[:, 3:], past_key_values=nothing.past_key_values).logits
+    first = model(tokens[:, :3]).cache
+    nothing = model(tokens[:, :0], cache=first)
+    rest = model(tokens[:, 3:], cache=nothing.cache).logits
     torch.testing.assert_close(rest, model(tokens).logits[:, 3:])
 
 
@@ -295,7 +295,7 @@ def test_bfloat16_keeps_decay_and_bonus_in_float32(tmp_path, kind):
     with torch.no_grad():
         expected, output = model(tokens).logits, low(tokens)
     assert output.logits.dtype == torch.bfloat16
-    assert output.past_key_values.layers[0].wkv.dtype == torch.float32
+    assert output.cache.layers[0].wkv.dtype == torch.float32
     assert (output.logits - expected).square().mean() < (0.03**2) * expected.square().mean()
 
 
@@ -382,7 +382,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             assert all(block.gradient_checkpointing for block in model.rwkv.blocks)
             with pytest.raises(ValueError, match="gradient checkpointing"):
-                model(tokens, past_key_values=TemporalRwkvCache(2))
+                model(tokens, cache=TemporalRwkvCache(2))
         model(tokens, labels=tokens).loss.backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):

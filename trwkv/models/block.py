@@ -44,14 +44,12 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, past_key_values: TemporalRwkvCache | None = None
+        self, x: Tensor, mask: Tensor | None = None, cache: TemporalRwkvCache | None = None
     ) -> Tensor:
         if self.layer_index == 0:
             x = self.ln0(x)
-        cached = past_key_values is not None
-        state = (
-            TemporalRwkvCacheLayer() if past_key_values is None else past_key_values.layers[self.layer_index]
-        )
+        cached = cache is not None
+        state = TemporalRwkvCacheLayer() if cache is None else cache.layers[self.layer_index]
         attention, attention_shift, wkv = self.att(
             self.ln1(x),
             mask=mask,

@@ -6,8 +6,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What transformers calls a cache in calls and outputs: since 5.24 "cache", before that "past_key_values".
+CACHE_NAME = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 
 _STATES = ("attention_shift", "wkv", "feed_forward_shift")
+
+
+def the_cache(
+    cache: "TemporalRwkvCache | None", past_key_values: "TemporalRwkvCache | None"
+) -> "TemporalRwkvCache | None":
+    """Which of the two was given.
+
+    Raises:
+        ValueError: both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache, past_key_values: expected one of them (two names of the same); got both")
+    return past_key_values if cache is None else cache
 
 
 def _at_static_address(state: Tensor) -> Tensor:
@@ -153,6 +170,11 @@ class TemporalRwkvCache(Cache):
         return self.static
 
     @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can go back now."""
+        return self.recording is not None
+
+    @property
     def n_rows(self) -> int | None:
         """Rows; None before the first call."""
         counts = self.layers[0].counts
@@ -177,7 +199,7 @@ class TemporalRwkvCache(Cache):
     def activate_past_recording(self) -> None:
         """Let `crop` go back to any place from here on, until it is called again or `recording` is set to None."""
         if self.static:
-            raise ValueError("past_key_values: expected static=False to go back in; got static=True")
+            raise ValueError("cache: expected static=False to go back in; got static=True")
         if self.recording is None:
             self.recording = Recording([layer.states() for layer in self.layers])
 

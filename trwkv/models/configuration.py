@@ -54,7 +54,7 @@ class TemporalRwkvConfig(PreTrainedConfig):
 
     model_type = "temporal_rwkv"
     attribute_map = {"max_position_embeddings": "context_length"}  # noqa: RUF012 (Hugging Face's convention)
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,

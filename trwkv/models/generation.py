@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
-from trwkv.models.cache import TemporalRwkvCache
+from trwkv.models.cache import CACHE_NAME, TemporalRwkvCache, the_cache
 
 # "dynamic_full" is what assisted generation of transformers before 5.23 asks an assistant for
 CACHE_IMPLEMENTATIONS = (None, "dynamic", "dynamic_full", "static")
@@ -17,11 +17,16 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
     """Hugging Face's `generate`, on a `TemporalRwkvCache`.
 
     All its ways of decoding work. `cache_implementation` may be None or "dynamic", or "static" to let `generate`
-    compile the decoding step on a GPU (not with an assistant). To go on from a cache, pass it as `past_key_values` and
+    compile the decoding step on a GPU (not with an assistant). To go on from a cache, pass it as `cache` and
     all tokens so far as `input_ids` (those it has seen are skipped), or the new ones alone with an `attention_mask` as
     long as all; for n beams or n returned sequences after `cache.batch_repeat_interleave(n)`. With an assistant the
     cache must be a fresh one.
     """
+
+    def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """Hugging Face's own, which takes the cache by one of its names, the newer or the older."""
+        cache = the_cache(cache, past_key_values)
+        return super().generate(*args, **({} if cache is None else {CACHE_NAME: cache}), **kwargs)  # type: ignore
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -38,13 +43,13 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
                 f"cache_implementation: expected None, 'dynamic' or 'static' (a recurrent state is all there is "
                 f"to keep, of one size); got {kind!r}"
             )
-        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+        if generation_config.use_cache is False or model_kwargs.get(CACHE_NAME) is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore
         else:
             layers = self.config.num_hidden_layers  # type: ignore
-            model_kwargs["past_key_values"] = TemporalRwkvCache(layers, static=kind == "static")
+            model_kwargs[CACHE_NAME] = TemporalRwkvCache(layers, static=kind == "static")
         if generation_config.is_assistant:  # its drafts are taken back where they fail
-            model_kwargs["past_key_values"].activate_past_recording()
+            model_kwargs[CACHE_NAME].activate_past_recording()
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -52,13 +57,13 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
         """Hugging Face's own, which forgets to ask whether there is a new token at all.
 
         Raises:
-            ValueError: no token beyond those `past_key_values` has seen.
+            ValueError: no token beyond those the cache has seen.
         """
         n_new, position = kwargs.get("next_sequence_length"), kwargs.get("cache_position")
         if (n_new is not None and n_new < 1) or (position is not None and len(position) == 0):
             raise ValueError(
-                f"input_ids: expected more tokens than the {kwargs['past_key_values'].get_seq_length()} that "
-                "past_key_values has seen, or the new ones alone with an attention_mask as long as all; got "
+                f"input_ids: expected more tokens than the {kwargs[CACHE_NAME].get_seq_length()} that "
+                "the cache has seen, or the new ones alone with an attention_mask as long as all; got "
                 f"{input_ids.shape[1]}"
             )
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore
@@ -79,7 +84,7 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Hugging Face's own, less the mask once there is a state: all that follows the prompt is tokens."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if outputs.get("past_key_values") is not None:
+        if outputs.get(CACHE_NAME) is not None:
             model_kwargs.pop("attention_mask", None)
         return model_kwargs
 
@@ -89,12 +94,12 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
         return attention_mask
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
         if cache is None:
             raise ValueError("use_cache: expected True with assisted generation; got False")
         if cache.get_seq_length() > 0:  # transformers would run all of input_ids through it again
             raise ValueError(
-                "past_key_values: expected a fresh one with assisted generation; got one that has seen "
+                "cache: expected a fresh one with assisted generation; got one that has seen "
                 f"{cache.get_seq_length()} tokens"
             )
         cache.activate_past_recording()

@@ -11,7 +11,7 @@ from transformers.utils import can_return_tuple
 
 from trwkv import convert
 from trwkv.models.block import TemporalRwkvBlock, new_selector
-from trwkv.models.cache import TemporalRwkvCache
+from trwkv.models.cache import TemporalRwkvCache, the_cache
 from trwkv.models.configuration import TemporalRwkvConfig
 from trwkv.models.generation import TemporalRwkvGenerationMixin
 from trwkv.models.outputs import ParameterCount, TemporalRwkvCausalLMOutput, TemporalRwkvOutput
@@ -79,10 +79,11 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: TemporalRwkvCache | None = None,
+        cache: TemporalRwkvCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: TemporalRwkvCache | None = None,
     ) -> TemporalRwkvOutput:
         """Run B sequences of T tokens.
 
@@ -92,29 +93,32 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
                 token. Such places are skipped wherever they are: a row gives the same outputs and state as
                 its tokens alone. Outputs at such places are those of the last token before, so that `generate`
                 takes rows padded on the right too; before the first token they mean nothing.
-            past_key_values: state to continue from; updated in place. After a row's first token a cache
-                allows no more padding in it.
+            cache: state to continue from; updated in place. After a row's first token a cache allows no more
+                padding in it.
+            past_key_values: `cache` under the name that it had before transformers 5.24.
             use_cache: return the state (default: `config.use_cache`, but not in training).
 
         Raises:
-            TypeError: `past_key_values` of another model's kind.
-            ValueError: neither or both inputs, a mask or a cache that does not fit, padding after a cached token.
+            TypeError: `cache` of another model's kind.
+            ValueError: neither or both inputs, a mask or a cache that does not fit, padding after a cached token,
+                a cache under both names.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them; got both or neither")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache, cache = self._choose_cache(use_cache, past_key_values)
+        given = the_cache(cache, past_key_values)
+        use_cache, cache = self._choose_cache(use_cache, given)
         B, T = x.shape[:2]
         if cache is not None:
             if cache.n_rows not in (None, B):
                 raise ValueError(
-                    f"past_key_values: expected a state of {B} rows, as the input has; got one of {cache.n_rows} "
+                    f"cache: expected a state of {B} rows, as the input has; got one of {cache.n_rows} "
                     "(see its batch_repeat_interleave and batch_select_indices)"
                 )
             self.replay(cache)
-        mask, places = token_mask(attention_mask, B, T, past_key_values), None
+        mask, places = token_mask(attention_mask, B, T, given), None
         if mask is not None:
             order, places = padding_first(mask), last_token_place(mask)
             x, mask = reorder(x, order), mask.gather(1, order)
@@ -128,9 +132,9 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         if places is not None:
             hidden_states = [reorder(h, places) for h in hidden_states]
         return TemporalRwkvOutput(
-            last_hidden_state=hidden_states[-1],
-            past_key_values=cache if use_cache else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states[-1],
+            cache if use_cache else None,
+            tuple(hidden_states) if output_hidden_states else None,
         )
 
     def _run_blocks(
@@ -149,7 +153,7 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         hidden_states = []
         for block in self.blocks:
             hidden_states += [x] if output_hidden_states else []
-            x = block(x, mask, past_key_values=cache)
+            x = block(x, mask, cache=cache)
         return [*hidden_states, x]
 
     def replay(self, cache: TemporalRwkvCache) -> None:
@@ -168,15 +172,15 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
             if cache is not None:
-                raise ValueError("past_key_values: expected None in training with gradient checkpointing")
+                raise ValueError("cache: expected None in training with gradient checkpointing")
             return False, None
         layers = len(self.blocks)
         if cache is not None and not isinstance(cache, TemporalRwkvCache):
             raise TypeError(
-                f"past_key_values: expected a TemporalRwkvCache({layers}) or None; got {type(cache).__name__}"
+                f"cache: expected a TemporalRwkvCache({layers}) or None; got {type(cache).__name__}"
             )
         if cache is not None and len(cache) != layers:
-            raise ValueError(f"past_key_values: expected a state of {layers} layers; got {len(cache)}")
+            raise ValueError(f"cache: expected a state of {layers} layers; got {len(cache)}")
         return use_cache, TemporalRwkvCache(layers) if cache is None and use_cache else cache
 
 
@@ -284,7 +288,7 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: TemporalRwkvCache | None = None,
+        cache: TemporalRwkvCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -292,12 +296,12 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: TemporalRwkvCache | None = None,
     ) -> TemporalRwkvCausalLMOutput:
         """Logits of the next token, and the loss where `labels` are given.
 
-        The first arguments are those of `TemporalRwkvModel.forward`. With streams the gate mixes the
-        normalised
-        outputs rather than the logits: the same thing, the head being linear, at 1/P of its cost.
+        The first arguments and `past_key_values` are those of `TemporalRwkvModel.forward`. With streams the gate
+        mixes the normalised outputs rather than the logits: the same thing, the head being linear, at 1/P of its cost.
 
         Args:
             labels: [B, T], as `input_ids` (they are shifted here); -100 is not counted.
@@ -315,7 +319,7 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            cache=the_cache(cache, past_key_values),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -330,12 +334,7 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-        return TemporalRwkvCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        return TemporalRwkvCausalLMOutput(loss, logits, outputs.cache, outputs.hidden_states)
 
     def perspective_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of what perspectives consist of: the vectors named by

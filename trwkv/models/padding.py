@@ -35,9 +35,7 @@ def token_mask(
         return None
     started = None if cache is None else cache.started
     if started is not None and bool((started.unsqueeze(1) & ~mask).any()):
-        raise ValueError(
-            "attention_mask: padding after a token that past_key_values has seen; pad on the left"
-        )
+        raise ValueError("attention_mask: padding after a token that the cache has seen; pad on the left")
     return mask
 
 
