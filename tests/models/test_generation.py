@@ -79,7 +79,7 @@ def test_the_cache_has_two_names():
         assert cache.get_seq_length() == said.shape[1] + 11
     assert torch.equal(*generated)
     for call in (model, model.rwkv, model.generate):
-        with pytest.raises(ValueError, match="cache, past_key_values: expected one of them .* got both"):
+        with pytest.raises(ValueError, match=r"cache, past_key_values: expected one of them .* got both"):
             call(tokens, **both)
 
 

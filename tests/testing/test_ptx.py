@@ -94,6 +94,11 @@ def test_numbers_at_their_limits() -> None:
     factors = np.int32([-(2**31), 7]), np.int32([3, 2])
     np.testing.assert_array_equal(arithmetic.multiply_high(*factors), [-2, 0])
     np.testing.assert_array_equal(arithmetic.multiply_high(*(x.view(np.uint32) for x in factors)), [1, 0])
+    factors = np.uint16([2**15, 7]), np.uint16([6, 2])
+    np.testing.assert_array_equal(arithmetic.multiply_high(*factors), np.uint16([3, 0]))
+    bytes_of = np.uint32([0x83828180]), np.uint32([0x07060504])
+    for selector, permuted in {0x7632: 0x07068382, 0x0123: 0x80818283, 0x4C8F: 0x0400FF00}.items():
+        assert arithmetic.permute_bytes(*bytes_of, np.uint32([selector])) == permuted
     to_int = arithmetic.convert("s32", "f32", "rzi")
     assert to_int(np.float32([-1.9, 1e20, np.nan])).tolist() == [-1, 2**31 - 1, 0]
     # 2^-24 is half of the last place of 1: it counts only where the product is not rounded first

@@ -78,6 +78,18 @@ def bit_field(a: Bits, position: Bits, length: Bits) -> Bits:
     return shift_right(shift_left(a, up), up + position)
 
 
+def permute_bytes(a: Bits, b: Bits, selector: Bits) -> Bits:
+    """prmt: those of the eight bytes of a and b with these numbers, four bits each; a sign where the fourth is set."""
+    source = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    out = np.zeros(np.broadcast(source, selector).shape, np.uint32)
+    for i in range(4):
+        field = (selector >> np.uint32(4 * i)).astype(np.uint64)
+        byte = source >> (field & 7) * 8 & 255
+        byte = np.where(field & 8, (byte >> 7) * 255, byte)
+        out |= byte.astype(np.uint32) << np.uint32(8 * i)
+    return out
+
+
 def extreme(*xs: Bits, larger: bool, nan: bool = False) -> Bits:
     """The largest or the smallest: of numbers and NaN a number, unless `nan`, then NaN."""
     if nan or xs[0].dtype.kind != "f":
@@ -172,15 +184,15 @@ def quotient(a: Bits, b: Bits) -> Bits:
 
 
 def multiply_wide(a: Bits, b: Bits, c: Bits | None = None) -> Bits:
-    """Of 32-bit factors the whole product, 64 bits, to which a number of 64 bits may be added."""
+    """The whole product of factors of up to 32 bits, to which a number of 64 bits may be added."""
     wide = np.dtype(f"{a.dtype.kind}8")
     product = a.astype(wide) * b.astype(wide)
     return product if c is None else product + c
 
 
 def multiply_high(a: Bits, b: Bits) -> Bits:
-    """The upper half of that product."""
-    return (multiply_wide(a, b) >> 32).astype(a.dtype)
+    """The upper half of the product of factors of 16 or 32 bits."""
+    return (multiply_wide(a, b) >> 8 * a.dtype.itemsize).astype(a.dtype)
 
 
 def select(a: Bits, b: Bits, is_first: Bits) -> Bits:

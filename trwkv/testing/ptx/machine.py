@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from trwkv.testing.ptx.arithmetic import WIDTHS, Bits, dtype
 from trwkv.testing.ptx.memory import Memory, MemoryFault
-from trwkv.testing.ptx.operations import operation_of
+from trwkv.testing.ptx.operations import UnknownInstruction, operation_of
 from trwkv.testing.ptx.parse import Address, Immediate, Instruction, Operand, Program, Vector
 
 WARP = 32
@@ -137,7 +137,7 @@ def _parts(operand: Operand) -> tuple[Operand, ...]:
 
 def _addresses(machine: Machine, instruction: Instruction, at: Operand, mask: NDArray, total: int) -> Bits:
     if not isinstance(at, Address):
-        raise NotImplementedError(f"ptx: no way to run {instruction}")
+        raise UnknownInstruction(instruction)
     base = machine.registers[at.base][mask] + np.uint64(at.offset & (1 << 64) - 1)
     if (base % np.uint64(total)).any():
         raise MemoryFault(f"an address is no multiple of {total}, the width of the access")
@@ -157,7 +157,7 @@ def _load(machine: Machine, instruction: Instruction) -> None:
         return
     mask = machine.mask(instruction)
     if space != "global":
-        raise NotImplementedError(f"ptx: no way to run {instruction}")
+        raise UnknownInstruction(instruction)
     if not mask.any():
         return
     parts = _parts(to)
@@ -172,7 +172,7 @@ def _store(machine: Machine, instruction: Instruction) -> None:
     at, what = instruction.operands
     _, space, *_, kind = instruction.opcode
     if space != "global":
-        raise NotImplementedError(f"ptx: no way to run {instruction}")
+        raise UnknownInstruction(instruction)
     mask = machine.mask(instruction)
     if not mask.any():
         return
@@ -193,7 +193,7 @@ def _prefetch(machine: Machine, instruction: Instruction) -> None:
 
 def _barrier(machine: Machine, instruction: Instruction) -> None:
     if instruction.operands != (Immediate(0),):  # not one of all lanes
-        raise NotImplementedError(f"ptx: no way to run {instruction}")
+        raise UnknownInstruction(instruction)
     machine.whole(machine.threads, instruction)
     machine.memory.barriers[np.unique(machine.lanes[machine.active] // machine.threads)] += 1
 
@@ -214,7 +214,7 @@ def _shuffle(machine: Machine, instruction: Instruction) -> None:
     to, source, which, clamp, _ = instruction.operands
     kind = instruction.opcode[2]
     if kind not in ("idx", "bfly") or clamp != Immediate(WARP - 1):
-        raise NotImplementedError(f"ptx: no way to run {instruction}")
+        raise UnknownInstruction(instruction)
     chosen = np.broadcast_to(machine.value(which, "b32"), machine.n).astype(np.int64) % WARP
     warp, lane = np.divmod(machine.lanes, WARP)
     partner = WARP * warp + (chosen if kind == "idx" else lane ^ chosen)

@@ -20,6 +20,7 @@ from trwkv.testing.ptx.arithmetic import (
     multiply_wide,
     of_halves,
     packed,
+    permute_bytes,
     quotient,
     reciprocal_approximate,
     select,
@@ -44,10 +45,16 @@ SIMPLE: dict[str, tuple[Callable[..., Bits], int, set[str]]] = {
     "not": (np.invert, 1, set()),
     "max": (partial(extreme, larger=True), 2, {"NaN"}),
     "min": (partial(extreme, larger=False), 2, {"NaN"}),
+    "prmt": (permute_bytes, 3, set()),
     "ex2": (exp2_approximate, 1, {"approx", "ftz"}),
     "rcp": (reciprocal_approximate, 1, {"approx", "ftz"}),
 }
 """Instructions whose operands are all of their type: what they compute, of how many, and with which modifiers."""
+
+
+class UnknownInstruction(NotImplementedError):
+    def __init__(self, instruction: Instruction) -> None:
+        super().__init__(f"ptx: no way to run {instruction}")
 
 
 def operation_of(instruction: Instruction) -> tuple[Callable[..., Bits], list[str], str]:
@@ -66,7 +73,7 @@ def operation_of(instruction: Instruction) -> tuple[Callable[..., Bits], list[st
     if modifiers == ["wide"] and kind in ("s32", "u32"):
         result = f"{kind[0]}64"
         return multiply_wide, [kind, kind] + [result] * (name == "mad"), result
-    if (name, modifiers) == ("mul", ["hi"]) and kind in ("s32", "u32"):
+    if (name, modifiers) == ("mul", ["hi"]) and kind in ("s16", "u16", "s32", "u32"):
         return multiply_high, [kind, kind], kind
     if name in SIMPLE and set(modifiers) <= SIMPLE[name][2]:
         operation, count, _ = SIMPLE[name]
@@ -79,13 +86,13 @@ def operation_of(instruction: Instruction) -> tuple[Callable[..., Bits], list[st
         if kind == "f32" and name not in ("neg", "abs"):
             operation = _canonical(operation)
         return of_halves(operation, kind) if kind in PACKED else operation, [kind] * count, kind
-    raise NotImplementedError(f"ptx: no way to run {instruction}")
+    raise UnknownInstruction(instruction)
 
 
 def _conversion(instruction: Instruction) -> tuple[Callable[..., Bits], list[str], str]:
     _, *modifiers, to, source = instruction.opcode
     if not set(modifiers) <= {"rn", "ftz", *TO_INTEGERS}:
-        raise NotImplementedError(f"ptx: no way to run {instruction}")
+        raise UnknownInstruction(instruction)
     if len(instruction.operands) == 3:
         return partial(packed, kind=to), [source, source], "b32"
     rounding = next((m for m in modifiers if m in TO_INTEGERS), None)
