@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from trwkv.modules import PerspectiveSelector, TimeMixing
@@ -72,7 +73,7 @@ def output_distance(model: TemporalRwkvForCausalLM, input_ids: Tensor) -> float:
     distances = []
     for layer, x in zip(layers, inputs, strict=True):
         if layer.selector is None:
-            outputs = layer(x).output.movedim(2, 0)
+            outputs = rearrange(layer(x).output, "b t p c -> p b t c")
         else:
             selector = layer.selector
             try:

@@ -8,6 +8,7 @@ outside, from float32 outputs.
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from trwkv.ops.wkv.reference import EMPTY_EXP, aggregate
@@ -87,7 +88,7 @@ def kernel_layout(
 
 def by_channel(state: Tensor | None) -> Tensor | None:
     """A state [N, 3, P, C] as [N, 3, 1, P * C], the same memory."""
-    return None if state is None else state.flatten(2).unsqueeze(2)
+    return None if state is None else rearrange(state, "n s p c -> n s 1 (p c)")
 
 
 def state_without_tokens(call: KernelCall) -> Tensor:

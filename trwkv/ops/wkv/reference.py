@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 EMPTY_EXP = -1e38
@@ -185,7 +186,7 @@ def _sums(
         num = den = k.new_zeros(B, N, *w.shape)
         exp = torch.full_like(num, EMPTY_EXP)
     else:
-        num, den, exp = initial_state.double().unflatten(0, (B, N)).unbind(2)
+        num, den, exp = rearrange(initial_state.double(), "(b n) s p c -> s b n p c", b=B)
     num, den, exp = (x[:, row_sequence] for x in (num, den, exp))  # [B, T + N, P, C]
     exp = exp + steps[:, None, None] * w
     mass = _exponent_of_mass(num, den, exp)
@@ -197,7 +198,8 @@ def _sums(
 
 
 def _final(num: Tensor, den: Tensor, exp: Tensor, k: Tensor) -> Tensor:
-    num, den, exp = (x[:, k.shape[1] :].flatten(0, 1) for x in (num, den, exp))  # B = 1 or N = 1
+    T = k.shape[1]
+    num, den, exp = (rearrange(x[:, T:], "b n p c -> (b n) p c") for x in (num, den, exp))  # b = 1 or n = 1
     return _pack_state(num, den, exp, k)
 
 
