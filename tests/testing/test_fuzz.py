@@ -23,8 +23,8 @@ register(Implementation(IMPLEMENTATIONS["wkv/reference"].op, "forgetful", forget
 """
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}"}
+def run(folder: Path, *arguments: str, interpret: str = "1") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "TRITON_INTERPRET": interpret}
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -64,6 +64,29 @@ def test_nothing_to_find(tmp_path: Path) -> None:
     (total,) = re.findall(r"^(\d+) cases, seed 3", done.stdout, re.MULTILINE)
     assert int(total) > 0
     assert re.search(r"^agreement +\S+ +\S+ +\S+$", done.stdout, re.MULTILINE)
+
+
+def test_kernels_as_they_are_compiled(tmp_path: Path) -> None:
+    fuzz = ("trwkv.testing", "fuzz", "--backend", "triton", "--op", "wkv_states", "--minutes", "0.05")
+    done = run(tmp_path, *fuzz, "--emulate", "90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^[1-9]\d* cases", done.stdout, re.MULTILINE)
+    refused = run(tmp_path, *fuzz, "--emulate", "75")
+    assert refused.returncode != 0 and "capability: expected 80 or more" in refused.stderr
+
+
+def test_a_failure_of_a_compiled_kernel_is_shown_by_one(tmp_path: Path) -> None:
+    write = """
+from trwkv.testing import CONTRACTS, IMPLEMENTATIONS
+from trwkv.testing.fuzz import Failure
+arguments = {"B": 1, "T": 3, "P": 1, "C": 2, "state": "random"}
+failure = Failure(CONTRACTS["agreement"], IMPLEMENTATIONS["wkv_states/triton"], arguments, 0, ValueError("wrong"))
+print(failure.as_test(emulate=90))
+"""
+    code = subprocess.run([sys.executable, "-c", write], cwd=ROOT, capture_output=True, text=True).stdout
+    (tmp_path / "test_found.py").write_text(code)
+    assert "with emulated_launches(90):" in code
+    assert "1 passed" in run(tmp_path, "pytest", "-q", "test_found.py", interpret="0").stdout
 
 
 def test_wrong_options(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 
 from trwkv.testing.interpreter import interpret_without_gpu
@@ -9,7 +10,8 @@ from trwkv.testing.interpreter import interpret_without_gpu
 FUZZ = """\
 Draws an op, an implementation, a contract and a case, again and again, until time is up. Prints how many cases were
 drawn for each; of a failure, the smallest case that shows it, as a test to paste (exit status 1; 0 without failure).
-Without a GPU, Triton's kernels run in its interpreter. Shrinking a failure may take some minutes more."""
+Without a GPU, Triton's kernels run in its interpreter, or as they are compiled (--emulate). Shrinking a failure may
+take some minutes more."""
 
 
 def main() -> int:
@@ -29,13 +31,22 @@ def main() -> int:
         "--import", dest="modules", action="append", default=[], metavar="MODULE",
         help="a module that registers further ops or implementations; may be repeated",
     )  # fmt: skip
+    fuzz.add_argument(
+        "--emulate", type=int, metavar="CAPABILITY",
+        help="Triton's kernels as they are compiled for GPUs of this compute capability (80, 90, ...), on the CPU",
+    )  # fmt: skip
     options = parser.parse_args()
     if importlib.util.find_spec("hypothesis") is None:
         parser.error("fuzz: expected the package hypothesis; got none: pip install 'trwkv[test]'")
-    interpret_without_gpu()
+    if options.emulate is None:
+        interpret_without_gpu()
+    else:
+        os.environ["TRITON_INTERPRET"] = "0"
     from trwkv.testing.fuzz import fuzz as run
 
-    return run(options.minutes, options.backend, options.op, options.seed, options.modules)
+    return run(
+        options.minutes, options.backend, options.op, options.seed, options.modules, emulate=options.emulate
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import random
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, Phase
 
 from trwkv.testing.contracts import CONTRACTS, COUNTS, Contract
 from trwkv.testing.ops import IMPLEMENTATIONS, Implementation
+from trwkv.testing.ptx import emulated_launches
 from trwkv.testing.strategies import arguments, choosers
 
 EXAMPLES = {"fast": 25, "slow": 10, "interpreted": 2, "compiled": 4}
@@ -32,8 +34,8 @@ class Failure:
     at: int
     error: Exception
 
-    def as_test(self, modules: Sequence[str] = ()) -> str:
-        """A complete test module that fails while the contract is broken."""
+    def as_test(self, modules: Sequence[str] = (), emulate: int | None = None) -> str:
+        """A complete test module that fails while the contract is broken (with `emulate`, in a process of its own)."""
         op = self.implementation.op
         ours = ["CONTRACTS", "IMPLEMENTATIONS"]
         imports = [f"import {name}  # noqa: F401 (registers it)" for name in modules]
@@ -42,7 +44,9 @@ class Failure:
         else:
             imports.append(f"from {op.case.__module__} import {op.case.__name__}")
         start = ""
-        if self.implementation.backend == "triton":
+        if emulate is not None:
+            imports.append("from trwkv.testing.ptx import emulated_launches")
+        elif self.implementation.backend == "triton":
             ours.append("interpret_without_gpu")
             start = "interpret_without_gpu()\n\n\n"
         code = _without_defaults(self)
@@ -53,6 +57,11 @@ class Failure:
             f"case = {code}",
             f'CONTRACTS["{self.contract.name}"](IMPLEMENTATIONS["{self.implementation.key}"], case, at={self.at})',
         ]
+        if emulate is not None:
+            body = [
+                f"with emulated_launches({emulate}):",
+                *textwrap.indent("\n".join(body), "    ").split("\n"),
+            ]
         message = textwrap.shorten(f"{type(self.error).__name__}: {self.error}", 100)
         return (
             "\n".join(imports) + f"\n\n{start or chr(10)}def test_found_by_fuzzing() -> None:\n"
@@ -110,8 +119,19 @@ def find_failure(
     return last[0] if last else None
 
 
-def fuzz(minutes: float, backend: str, op: str, seed: int, modules: Sequence[str] = ()) -> int:
-    """Rounds over all implementations and contracts until time is up or one fails; returns the exit status."""
+def fuzz(
+    minutes: float,
+    backend: str,
+    op: str,
+    seed: int,
+    modules: Sequence[str] = (),
+    *,
+    emulate: int | None = None,
+) -> int:
+    """Rounds over all implementations and contracts until time is up or one fails; returns the exit status.
+
+    `emulate`: kernels as they are compiled for this compute capability, by `trwkv.testing.ptx`.
+    """
     for name in modules:
         importlib.import_module(name)
     torch.set_num_threads(1)
@@ -126,9 +146,11 @@ def fuzz(minutes: float, backend: str, op: str, seed: int, modules: Sequence[str
     deadline = begin + 60 * minutes
     failure = None
     rounds = 0
-    while failure is None and time.monotonic() < deadline:
-        failure = _round(chosen, f"{seed}/{rounds}", deadline)
-        rounds += 1
+    contracts = [c for c in CONTRACTS.values() if emulate is None or not c.starts_process]
+    with nullcontext() if emulate is None else emulated_launches(emulate):
+        while failure is None and time.monotonic() < deadline:
+            failure = _round(chosen, contracts, f"{seed}/{rounds}", deadline)
+            rounds += 1
     print_counts(chosen)
     total = sum(COUNTS.values())
     print(f"{total} cases, seed {seed}, {rounds} rounds, {(time.monotonic() - begin) / 60:.1f} minutes")
@@ -138,12 +160,14 @@ def fuzz(minutes: float, backend: str, op: str, seed: int, modules: Sequence[str
     print(
         f"\n{failure.implementation.key} breaks {failure.contract.name!r}. The smallest case found, as a test:\n"
     )
-    print(failure.as_test(modules))
+    print(failure.as_test(modules, emulate))
     return 1
 
 
-def _round(chosen: Sequence[Implementation], seed: str, deadline: float) -> Failure | None:
-    pairs = [(x, c) for x in chosen for c in CONTRACTS.values() if c.applies_to(x)]
+def _round(
+    chosen: Sequence[Implementation], contracts: Sequence[Contract], seed: str, deadline: float
+) -> Failure | None:
+    pairs = [(x, c) for x in chosen for c in contracts if c.applies_to(x)]
     order = random.Random(seed)
     order.shuffle(pairs)
     for implementation, contract in pairs:

@@ -19,6 +19,7 @@ from trwkv.testing.tolerances import Truth, assert_accurate
 
 HAS_GPU = torch.cuda.is_available()
 SMALL = {"fwd_block_c": 16, "fwd_block_t": 4, "bwd_block_c": 16, "bwd_block_t": 4, "chunk_len": 64}
+SMALL_COMPILED = SMALL | {"fwd_block_c": 32, "bwd_block_c": 32}  # with fewer, lanes of a warp share channels
 
 Result = tuple[Tensor, Tensor]  # (output, final_state)
 Run = Callable[[Case], Result]
@@ -105,7 +106,9 @@ class Implementation:
     @contextmanager
     def configured(self, changes: Mapping[str, int] | None = None) -> Iterator[None]:
         """Small blocks for kernels, so that small cases meet every edge and compile soon; or blocks as given."""
-        sizes = changes if changes is not None else SMALL if self.is_kernel else None
+        sizes = changes
+        if changes is None and self.is_kernel:
+            sizes = SMALL if self.is_interpreted else SMALL_COMPILED
         with nullcontext() if sizes is None else _tuning.pin_config(**sizes):
             yield
 

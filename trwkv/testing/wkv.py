@@ -283,7 +283,7 @@ OP = OpContract(
     case=wkv_case,
     choices={
         "P": range(1, 6),
-        "C": (1, 3, 16, 19),
+        "C": (1, 3, 16, 19, 35),
         "mixed_dtypes": (False, True),
         "shared": (True, False),
         "weights": ("none", "P", "PC", "BTP"),

@@ -84,7 +84,7 @@ OP = OpContract(
     case=wkv_states_case,
     choices={
         "P": range(1, 6),
-        "C": (1, 3, 16, 19),
+        "C": (1, 3, 16, 19, 35),
         "mixed_dtypes": (False, True),
         "shared": (True, False),
         "state": ("none", "random", "zero"),

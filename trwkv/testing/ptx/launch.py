@@ -17,7 +17,7 @@ from trwkv.testing.ptx.parse import Program, parse
 _PROGRAMS: dict[tuple, Program] = {}
 
 
-def run(launch: Launch, capability: int) -> Machine:
+def run(launch: Launch, capability: int) -> None:
     """Compiles a launch for this compute capability and runs it on the CPU, on the tensors that it was given."""
     if len(launch.grid) > 1:
         raise NotImplementedError(f"ptx: expected a grid of one axis; got {launch.grid}")
@@ -34,16 +34,14 @@ def run(launch: Launch, capability: int) -> Machine:
     )
     parameters = [memory.address(name) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()]
     parameters += [0] * (len(program.parameters) - len(parameters))  # Triton's own, unused
-    machine = Machine(program, grid, threads, memory, parameters)
-    machine.run()
-    return machine
+    Machine(program, grid, threads, memory, parameters).run()
 
 
 @contextmanager
-def emulated_launches(capability: int = 90) -> Iterator[list[Machine]]:
+def emulated_launches(capability: int = 90) -> Iterator[None]:
     """Within the block `backend="triton"` takes CPU tensors, and its kernels run as they are compiled for a GPU.
 
-    The kernels must not have been imported for Triton's interpreter. Collects what ran.
+    The kernels must not have been imported for Triton's interpreter.
     """
     if capability < 80:
         raise ValueError(
@@ -51,10 +49,8 @@ def emulated_launches(capability: int = 90) -> Iterator[list[Machine]]:
         )
     if is_interpreting():
         raise RuntimeError("TRITON_INTERPRET: expected 0, for kernels that are compiled; got 1")
-    machines: list[Machine] = []
-
     with (
-        intercept_launches(lambda launch: machines.append(run(launch, capability))),
+        intercept_launches(lambda launch: run(launch, capability)),
         mock.patch.object(_dispatch, "_require_triton", lambda device, dtype: None),
     ):
-        yield machines
+        yield

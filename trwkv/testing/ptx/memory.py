@@ -44,6 +44,10 @@ class Memory:
         self._addresses: dict[str, int] = {}
         spans: list[tuple[int, int, list[str]]] = []
         for name, x in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+            if x.device.type != "cpu":
+                raise ValueError(
+                    f"{name}: expected a tensor on the CPU, to run its kernel there; got {x.device}"
+                )
             begin, size = x.data_ptr(), x.numel() * x.element_size()
             if not x.is_contiguous():
                 raise ValueError(f"{name}: expected a contiguous tensor; got strides {x.stride()}")
