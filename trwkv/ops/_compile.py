@@ -48,8 +48,9 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__
 
-    def compile(self, capability: int) -> CompiledKernel:
-        """Machine code for an NVIDIA GPU of this compute capability (80, 90, ...)."""
+    def compile(self, target: int | str) -> CompiledKernel:
+        """Machine code for an NVIDIA GPU of this compute capability (80, 90, ...) or an AMD GPU of this name (gfx942,
+        ...). What was launched must be meant for it: inline PTX cannot be compiled for AMD's."""
         signature, constants, attributes = {}, {}, {}
         for i, (name, (kind, is_aligned, constant)) in enumerate(self._described().items()):
             signature[name] = kind
@@ -60,18 +61,21 @@ class Launch:
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(
             source,
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": self.options.get("num_warps", 4)},
+            target=_target(target),
+            options=self._compile_options(),
         )
 
     def specialization(self) -> tuple:
         """What distinguishes the kernels that are compiled for two launches, beside the capability."""
-        return (*self._described().items(), self.options.get("num_warps", 4))
+        return (*self._described().items(), *self._compile_options().items())
 
     def runtime_arguments(self) -> dict[str, Any]:
         """The arguments that the compiled kernel takes, by name."""
         values = self._values()
         return {name: values[name] for name, (kind, *_) in self._described().items() if kind != "constexpr"}
+
+    def _compile_options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name not in self.kernel.arg_names}
 
     def _values(self) -> dict[str, Any]:
         return dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.options
@@ -84,6 +88,12 @@ class Launch:
             kind, is_aligned = _describe(values[param.name], param.is_constexpr)
             out[param.name] = kind, is_aligned, values[param.name] if kind == "constexpr" else None
         return out
+
+
+def _target(target: int | str) -> GPUTarget:
+    if isinstance(target, int):
+        return GPUTarget("cuda", target, 32)
+    return GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
 
 
 def _describe(value: Any, is_constexpr: bool) -> tuple[str, bool]:

@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("auto", "triton", "torch", "reference")
+LAUNCH_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
+"""How kernels are compiled. Products and sums are not fused but where the source says so: Triton's own choice is
+another one up to version 3.9 than after it, and numbers are to be the same.
+"""
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -67,6 +71,18 @@ def has_packed_instructions(device: torch.device) -> bool:
 @lru_cache(maxsize=64)
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def lanes_of_a_warp(device: torch.device) -> int:
+    """32, or 64 on AMD's data center GPUs; 1 in the interpreter."""
+    if is_interpreting():
+        return 1
+    return _warp_size(device.index) if device.type == "cuda" else 32
+
+
+@lru_cache(maxsize=64)
+def _warp_size(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).warp_size
 
 
 @lru_cache(maxsize=1)

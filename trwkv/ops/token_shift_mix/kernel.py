@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trwkv.ops._dispatch import device_guard, is_interpreting
+from trwkv.ops._dispatch import LAUNCH_OPTIONS, device_guard, is_interpreting
 from trwkv.ops._interpreter import prepare_interpreter
 from trwkv.ops.token_shift_mix import MAX_MIXES
 from trwkv.ops.wkv.kernel_math import load_row, store_row
@@ -79,6 +79,6 @@ def token_shift_mix_forward(x: Tensor, mixes: list[Tensor], previous: Tensor | N
                 *outputs, *[None] * missing,
                 T, C=width,
                 M_0=widths[0], M_1=widths[1], M_2=widths[2], R_0=rows[0], R_1=rows[1], R_2=rows[2],
-                BLOCK_C=BLOCK_C, HAS_PREVIOUS=previous is not None, num_warps=1,
+                BLOCK_C=BLOCK_C, HAS_PREVIOUS=previous is not None, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return outputs

@@ -5,13 +5,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from einops import rearrange
 from torch import Tensor
 
 from trwkv.ops._dispatch import (
+    LAUNCH_OPTIONS,
     device_guard,
     has_packed_instructions,
     is_inline_ptx_available,
-    is_interpreting,
+    lanes_of_a_warp,
 )
 from trwkv.ops._tuning import SEGMENT, Config, chunk_length, config_for
 from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel, wkv_chunk_bwd_scan_kernel
@@ -125,11 +127,10 @@ def _plan(config: Config, call: KernelCall, block_c: int, groups: int = 1) -> _P
 
 def _paired(call: KernelCall, block_c: int) -> str | None:
     """The dtype of k and v if they may be read as int32, two numbers each: every lane has two channels side by side."""
-    lanes = 1 if is_interpreting() else 32
     is_paired = (
         call.k.dtype == call.v.dtype
         and call.k.dtype.itemsize == 2
-        and block_c >= 2 * lanes
+        and block_c >= 2 * lanes_of_a_warp(call.k.device)
         and call.sizes[3] % 2 == 0
         and has_packed_instructions(call.k.device)
         and call.k.data_ptr() % 4 == call.v.data_ptr() % 4 == 0
@@ -175,7 +176,7 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=config.fwd_block_t, SEGMENT=SEGMENT,
             WEIGHTS=call.weights_kind, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
             HAS_INITIAL=has_initial, OUTPUT=kind, SAVE=save, GROUPS=groups, GROUP=name,
-            PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), num_warps=1,
+            PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), **LAUNCH_OPTIONS,
         )  # fmt: skip
 
     with device_guard(call.k.device):
@@ -184,7 +185,7 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
             wkv_chunk_scan_kernel[(plan.n_blocks * N,)](
                 call.w, call.initial_state, call.cu_seqlens, states, T, plan.chunk_len, slots_per_row,
                 slots_per_chunk,
-                C=C, P=P, BLOCK_C=plan.block_c, VARLEN=is_packed, SAVE=save, HAS_INITIAL=has_initial, num_warps=1,
+                C=C, P=P, BLOCK_C=plan.block_c, VARLEN=is_packed, SAVE=save, HAS_INITIAL=has_initial, **LAUNCH_OPTIONS,
             )  # fmt: skip
         for group in range(groups):
             walk(kind, groups, group, _group_name(group, groups))
@@ -275,7 +276,7 @@ def _launch_backward(
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=block_t, SEGMENT=SEGMENT, WEIGHTS=call.weights_kind,
             GROUPS=call.groups, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
             HAS_FINAL=grad_final_state is not None, GRADS=is_grads,
-            PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), num_warps=1,
+            PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), **LAUNCH_OPTIONS,
         )  # fmt: skip
 
     with device_guard(device):
@@ -283,7 +284,7 @@ def _launch_backward(
             walk(is_grads=False)
             wkv_chunk_bwd_scan_kernel[(plan.n_blocks * N,)](
                 call.w, call.cu_seqlens, adjoints, T, plan.chunk_len, plan.n_chunks,
-                C=C, P=P, BLOCK_C=plan.block_c, VARLEN=is_packed, num_warps=1,
+                C=C, P=P, BLOCK_C=plan.block_c, VARLEN=is_packed, **LAUNCH_OPTIONS,
             )  # fmt: skip
         walk(is_grads=True)
     return _Gradients(
@@ -298,7 +299,7 @@ def _launch_backward(
 def _of_groups(shares: Tensor, groups: int) -> Tensor:
     """The gradient of [B, T, P] weights from the blocks' shares [n_blocks, B, T, P], P = 1 where there are groups."""
     summed = shares.unflatten(0, (groups, -1)).sum(1)
-    return summed.movedim(0, -2).flatten(-2)
+    return rearrange(summed, "groups b t p -> b t (groups p)")
 
 
 def _initial_gradient(call: KernelCall, adjoint: Tensor, grad_final_state: Tensor | None) -> Tensor:

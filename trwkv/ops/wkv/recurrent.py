@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trwkv.ops._dispatch import device_guard, is_inline_ptx_available
+from trwkv.ops._dispatch import LAUNCH_OPTIONS, device_guard, is_inline_ptx_available
 from trwkv.ops._tuning import config_for
 from trwkv.ops.wkv.chunk_fwd import exact_tile
 from trwkv.ops.wkv.kernel_math import empty_state, load_user_state, load_vectors, store_user_state, zeros
@@ -94,7 +94,7 @@ def recurrent_forward(
                 final_state, output, T,
                 C=C, P=P, BLOCK_C=BLOCK_C, WEIGHTS=call.weights_kind, VARLEN=cu_seqlens is not None,
                 REVERSE=reverse, HAS_INITIAL=call.initial_state is not None, GATED=gate is not None,
-                PTX=is_inline_ptx_available(), num_warps=1,
+                PTX=is_inline_ptx_available(), **LAUNCH_OPTIONS,
             )  # fmt: skip
     output = finish_output(output, weights, v, call, None if is_gated_here else receptance)
     return output, finish_state(final_state, w.shape, call)
