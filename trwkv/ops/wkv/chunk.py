@@ -325,6 +325,7 @@ def _state_gradient(state: Tensor, adjoint: Tensor) -> Tensor:
     """Gradient of (num, den, exp) from the adjoint (a, b, O) of the true sums num * e^exp and den * e^exp."""
     num, den, exp = state.double().unbind(1)
     a, b, exponent = adjoint.double().unbind(1)
-    scale = torch.exp2((exp / math.log(2.0) - exponent).clamp(max=126.0))
+    # Not exp2: on a CPU its last bit depends on an element's place among the others.
+    scale = torch.exp((exp - exponent * math.log(2.0)).clamp(max=126.0 * math.log(2.0)))
     grad_num, grad_den = a * scale, b * scale
     return torch.stack([grad_num, grad_den, num * grad_num + den * grad_den], dim=1).to(state.dtype)
