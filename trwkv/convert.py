@@ -241,6 +241,9 @@ def _read_hf_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file}: expected layer_norm_epsilon {LAYER_NORM_EPSILON}; got {config.layer_norm_epsilon}"
         )
+    for name in SIZES:  # transformers 5.0 takes anything
+        if not isinstance(value := getattr(config, name), int):
+            raise ValueError(f"{file}: expected {name} to be an integer; got {value!r}")
     return {name: getattr(config, name) for name in SETTINGS}
 
 
