@@ -27,7 +27,8 @@ def case_of(name: str, **arguments: Any) -> Case:
     usual = {"B": 2, "T": 75, "P": 2, "C": 128, "dtype": torch.bfloat16, "weights": "PC", "state": "random"}
     if name.startswith("wkv_states"):
         del usual["weights"]
-    return IMPLEMENTATIONS[name].op.case(**(usual | arguments))
+    implementation = IMPLEMENTATIONS[name]
+    return implementation.op.case(**(usual | arguments)).to(implementation.device)
 
 
 def hold(
@@ -70,6 +71,14 @@ def test_not_a_number() -> None:
     assert hit[0, 30:, 17].isnan().all()
     hit[0, 30:, 17] = clean[0, 30:, 17]
     assert_same("output", hit, clean)
+
+
+@pytest.mark.parametrize(
+    "options", [{"T": 707}, {"T": 707, "cu_seqlens": (0, 3, 132, 707), "reverse": True}], ids=str
+)
+def test_many_chunks(options: dict[str, Any]) -> None:
+    """More than the scans load ahead; a slow decay, so that chunks reach far."""
+    hold("agreement", "wkv/triton-chunk", B=1, P=1, C=64, log_decays=(-13.8, 0.0), **options)
 
 
 def test_packed_and_reversed() -> None:

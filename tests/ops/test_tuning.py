@@ -9,7 +9,7 @@ import torch
 from trwkv.ops import _dispatch, _tuning, tune
 from trwkv.ops._tuning import CONFIGS, config_for, entry_name, save_config, saved_configs
 
-FOUND = _tuning.Config(fwd_block_c=32, fwd_block_t=8, bwd_block_c=32, bwd_block_t=4, programs=1024)
+FOUND = _tuning.Config(fwd_block_c=32, fwd_block_t=8, bwd_block_c=32, bwd_block_t=4, fwd_warps=10)
 
 
 @pytest.fixture
@@ -61,11 +61,11 @@ def test_a_broken_file_is_named(file, k, text: str) -> None:
 
 
 def test_the_fastest_is_found(monkeypatch) -> None:
-    """By a clock that prefers one block size, a number of programs on the single row, and T in one piece."""
+    """By a clock that prefers one block size, a number of warps on the single row, and T in one piece."""
     monkeypatch.setattr(tune, "BLOCK_C", (32,))
     monkeypatch.setattr(tune, "FWD_BLOCK_T", (4, 8))
     monkeypatch.setattr(tune, "BWD_BLOCK_T", (2,))
-    monkeypatch.setattr(tune, "PROGRAMS", (2048, 4096))
+    monkeypatch.setattr(tune, "WARPS", (12, 16))
     runs = Counter()
 
     def clock(step) -> float:
@@ -75,25 +75,31 @@ def test_the_fastest_is_found(monkeypatch) -> None:
         wrong = (
             config.fwd_block_t != 8,
             config.bwd_block_t != 2,
-            config.programs != 4096,
-            config.undivided_from > 1,
+            config.fwd_warps != 16,
+            config.bwd_warps != 16,
+            config.undivided_from > 0,
         )
         return 1 + sum(wrong)
 
     lines = []
     config, measured = tune.search(1, torch.float32, (1, 9, 4), "cpu", timer=clock, report=lines.append)
-    assert (config.fwd_block_t, config.bwd_block_t, config.programs) == (8, 2, 4096)
-    assert config.undivided_from == 1  # one row of four channels is one column
+    assert (config.fwd_block_t, config.bwd_block_t) == (8, 2)
+    assert (config.fwd_warps, config.bwd_warps) == (16, 16)
+    assert config.undivided_from == 0  # one row of four channels is one column
     assert (config.fwd_block_c, config.bwd_block_c) == (32, 32)
     assert measured["forward"] < measured["forward, as shipped"]
-    assert len(lines) == sum(runs.values()) == 3 + 2 + 2 + 2
+    assert len(lines) == sum(runs.values()) == 3 + 2 + 2 + 2 + 2
 
 
-@pytest.mark.parametrize("B, C, chunks", [(1, 64, 16), (32, 768, 5), (32, 800, 1), (64, 1024, 1)])
-def test_t_is_divided_where_columns_are_few(B: int, C: int, chunks: int) -> None:
-    length = _tuning.chunk_length(_tuning.Config(64, 16, 64, 8), B, 4096, C, block_c=64)
-    assert length % _tuning.SEGMENT == 0
-    assert -(-4096 // length) == chunks
+@pytest.mark.parametrize(
+    "T, columns, chunks",
+    [(4096, 1, 64), (4096, 40, 32), (4096, 395, 4), (4096, 396, 1), (257, 1, 5), (256, 1, 1), (0, 0, 0)],
+)
+def test_t_is_divided_where_columns_are_few(T: int, columns: int, chunks: int) -> None:
+    length = _tuning.chunk_length(_tuning.Config(64, 16, 64, 8), T, columns, 12, 132)
+    assert length % _tuning.SEGMENT == 0 and length > 0
+    assert -(-T // length) == chunks
+    assert columns * chunks <= 12 * 132
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch) -> None:

@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelParam
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -85,7 +85,7 @@ class Launch:
         values = self._values()
         out = {}
         for param in self.kernel.params:
-            kind, is_aligned = _describe(values[param.name], param.is_constexpr)
+            kind, is_aligned = _describe(values[param.name], param)
             out[param.name] = kind, is_aligned, values[param.name] if kind == "constexpr" else None
         return out
 
@@ -96,14 +96,17 @@ def _target(target: int | str) -> GPUTarget:
     return GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
 
 
-def _describe(value: Any, is_constexpr: bool) -> tuple[str, bool]:
+def _describe(value: Any, param: KernelParam) -> tuple[str, bool]:
     """Type of an argument in a kernel's signature, and whether it is known to be a multiple of 16."""
-    if is_constexpr or value is None:
+    if param.is_constexpr or value is None:
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype], value.data_ptr() % 16 == 0
-    if isinstance(value, int):  # as at a real launch, an argument that is 1 becomes a constant
-        return ("constexpr", False) if value == 1 else ("i32", value % 16 == 0)
+    if isinstance(value, int):
+        if param.do_not_specialize:
+            return "i32", False
+        is_aligned = value % 16 == 0 and not param.do_not_specialize_on_alignment
+        return ("constexpr", False) if value == 1 else ("i32", is_aligned)  # as at a real launch
     raise TypeError(f"value: expected a tensor, an int or None; got {type(value).__name__}")
 
 

@@ -85,6 +85,16 @@ def _warp_size(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).warp_size
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; for a CPU an H200's."""
+    return _multiprocessors(device.index) if device.type == "cuda" else 132
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 @lru_cache(maxsize=1)
 def tuning_file() -> Path:
     """Where `trwkv.ops.tune` saves what it finds: TRWKV_TUNING_FILE (read once), or in the user's cache."""

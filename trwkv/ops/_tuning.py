@@ -15,6 +15,9 @@ from trwkv.ops._dispatch import gpu_name, tuning_file
 SEGMENT = 64
 """Tokens between two states that the forward keeps for the backward: 3 P / 64 floats per token and channel."""
 
+UNDIVIDED_SEGMENTS = 4
+"""Up to so many segments T is walked in one piece, in one launch."""
+
 MAX_PERSPECTIVES = 8
 """The kernels unroll the perspectives: from 7 on the backward spills some registers (docs/performance.md)."""
 
@@ -23,27 +26,35 @@ MAX_PERSPECTIVES = 8
 class Config:
     """One configuration of the chunk kernels. Every program is one warp over `block_c` channels.
 
-    `programs` is the number of programs wanted in flight: with fewer (batch x channel blocks), T is divided among more.
-    From `undivided_from` of them on it is not: where T is divided, k and v are read twice. `chunk_len` is the number of
-    tokens a program walks: None lets `chunk_length` decide.
+    `fwd_warps` and `bwd_warps` are how many a multiprocessor holds at once, by their registers: with fewer (blocks of
+    channels over all batch rows), T is divided among that many. From `undivided_from` for each multiprocessor on it is
+    not: where T is divided, k and v are read twice. `chunk_len` is the number of tokens a program walks: None lets
+    `chunk_length` decide.
     """
 
     fwd_block_c: int
     fwd_block_t: int
     bwd_block_c: int
     bwd_block_t: int
-    programs: int = 2048  # about 16 on each of 132 multiprocessors
-    undivided_from: int = 400  # about 3
+    fwd_warps: int = 12
+    bwd_warps: int = 12
+    undivided_from: int = 3
     chunk_len: int | None = None
+
+    def blocks_and_warps(self, kernel: str) -> tuple[int, int]:
+        """Of "forward" or "backward": channels in a block, warps that a multiprocessor holds."""
+        return (
+            (self.fwd_block_c, self.fwd_warps) if kernel == "forward" else (self.bwd_block_c, self.bwd_warps)
+        )
 
 
 CONFIGS = {
     1: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
-    2: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
-    3: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
-    4: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
-    6: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8),
-    8: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=4),
+    2: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8, bwd_warps=8),
+    3: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8, fwd_warps=8, bwd_warps=8),
+    4: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8, fwd_warps=8, bwd_warps=8),
+    6: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8, fwd_warps=8, bwd_warps=8),
+    8: Config(fwd_block_c=32, fwd_block_t=16, bwd_block_c=32, bwd_block_t=4, fwd_warps=8, bwd_warps=8),
 }
 """What ships. Measured on no GPU yet: chosen by the registers and instructions that the compiler reports (sm_90)."""
 
@@ -121,9 +132,14 @@ def _config(entry: Any, file: Path, name: str) -> Config:
         config = Config(**entry["config"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"{file}: {name}: expected a configuration; got {entry!r}") from error
-    sizes = (config.fwd_block_c, config.fwd_block_t, config.bwd_block_c, config.bwd_block_t, config.programs)
-    if not all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in sizes):
-        raise ValueError(f"{file}: {name}: expected powers of two; got {config}")
+    sizes = (config.fwd_block_c, config.fwd_block_t, config.bwd_block_c, config.bwd_block_t)
+    numbers = (*sizes, config.fwd_warps, config.bwd_warps)
+    if not all(isinstance(n, int) and n > 0 for n in numbers) or any(n & (n - 1) for n in sizes):
+        raise ValueError(f"{file}: {name}: expected numbers above 0, of blocks powers of two; got {config}")
+    if not isinstance(config.undivided_from, int) or config.undivided_from < 0:
+        raise ValueError(
+            f"{file}: {name}: expected undivided_from of 0 or more; got {config.undivided_from!r}"
+        )
     if config.bwd_block_t * 32 < SEGMENT:
         raise ValueError(
             f"{file}: {name}: expected bwd_block_t of at least {SEGMENT // 32}; got {config.bwd_block_t}"
@@ -141,16 +157,17 @@ def pin_config(**changes: int) -> Iterator[None]:
         _pinned.pop()
 
 
-def chunk_length(config: Config, B: int, T: int, C: int, block_c: int) -> int:
-    """Tokens per program: all of T when batch and channels keep the machine busy, else enough chunks to fill it.
+def chunk_length(config: Config, T: int, columns: int, warps: int, multiprocessors: int) -> int:
+    """Tokens per program, a multiple of SEGMENT. `columns`: blocks of channels over all batch rows; `warps`: of this
+    kernel's, how many a multiprocessor holds.
 
-    A multiple of SEGMENT, and at least four of them: the chunks' summaries cost a second reading of k and v.
+    All of T where the columns keep the machine busy, or T is too short for the two launches more that chunks cost;
+    else so many chunks that all of them run at once. With more, some would begin when the others have ended.
     """
     if config.chunk_len is not None:
         return max(SEGMENT, -(-config.chunk_len // SEGMENT) * SEGMENT)
-    columns = max(1, B) * -(-C // block_c)
-    segments = -(-T // SEGMENT)
-    if columns >= config.undivided_from:
-        return max(1, segments) * SEGMENT
-    chunks = max(1, min(config.programs // columns, T // (4 * SEGMENT)))
-    return max(1, -(-segments // chunks)) * SEGMENT
+    segments = max(1, -(-T // SEGMENT))
+    if columns >= config.undivided_from * multiprocessors or segments <= UNDIVIDED_SEGMENTS:
+        return segments * SEGMENT
+    chunks = max(1, warps * multiprocessors // max(1, columns))
+    return -(-segments // chunks) * SEGMENT

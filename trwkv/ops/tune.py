@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trwkv.ops._dispatch import tuning_file
+from trwkv.ops._dispatch import multiprocessors, tuning_file
 from trwkv.ops._tuning import Config, config_for, entry_name, pin_config, save_config
 
 BLOCK_C = (32, 64)
 FWD_BLOCK_T = (4, 8, 16)
 BWD_BLOCK_T = (2, 4, 8)
-PROGRAMS = (1024, 2048, 4096)
+WARPS = (4, 8, 12, 16, 24)
 TOLERANCE = 1e-2
 """Largest difference from the shipped configuration, relative to the largest value: far above rounding, and far below
 what a wrong kernel does."""
@@ -60,8 +60,8 @@ def search(
     """The fastest configuration for k and v [B, T, C] of this dtype, shared, with weights [B, T, P]; milliseconds of
     it and of the shipped one.
 
-    Forward and backward are searched apart, then the number of programs on one row of the same size (B T tokens), where
-    T must be divided, and whether it had better be for the shape itself. `timer` returns a function's milliseconds; by
+    Forward and backward are searched apart, then among how many warps T is divided, on one row of the same size (B T
+    tokens), and whether it had better be for the shape itself. `timer` returns a function's milliseconds; by
     default triton.testing.do_bench.
     """
     if timer is None:
@@ -92,8 +92,9 @@ def search(
     best = fastest(
         "backward", "backward", many, best, *_products(bwd_block_c=BLOCK_C, bwd_block_t=BWD_BLOCK_T)
     )
-    best = fastest("one row, forward", "forward", one, best, *_products(programs=PROGRAMS))
-    columns = B * -(-C // best.fwd_block_c)
+    best = fastest("one row, forward", "forward", one, best, *_products(fwd_warps=WARPS))
+    best = fastest("one row, backward", "backward", one, best, *_products(bwd_warps=WARPS))
+    columns = B * -(-C // best.fwd_block_c) // multiprocessors(many.grad_output.device)
     otherwise = columns if columns < best.undivided_from else columns + 1
     best = fastest("forward, divided or not", "forward", many, best, {"undivided_from": otherwise})
     return best, measured

@@ -18,7 +18,7 @@ if is_interpreting():
 BLOCK_C = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["T"])
 def token_shift_mix_kernel(
     x,  # [B T, C]
     previous,  # [B, C], if HAS_PREVIOUS

@@ -14,11 +14,12 @@ from trwkv.ops._dispatch import (
     has_packed_instructions,
     is_inline_ptx_available,
     lanes_of_a_warp,
+    multiprocessors,
 )
 from trwkv.ops._tuning import SEGMENT, Config, chunk_length, config_for
-from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel, wkv_chunk_bwd_scan_kernel
+from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel
 from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel
-from trwkv.ops.wkv.chunk_scan import wkv_chunk_scan_kernel
+from trwkv.ops.wkv.chunk_scan import wkv_chunk_bwd_scan_kernel, wkv_chunk_scan_kernel
 from trwkv.ops.wkv.layout import (
     KernelCall,
     aggregate_backward,
@@ -28,6 +29,9 @@ from trwkv.ops.wkv.layout import (
     kernel_layout,
     state_without_tokens,
 )
+
+SCAN_AHEAD = 4
+"""Chunks whose triples the scans load ahead of use."""
 
 
 def chunk_forward(
@@ -49,7 +53,7 @@ def chunk_forward(
     call = _layout(w, u, k, v, weights, initial_state, cu_seqlens, reverse)
     output = call.new_output()
     final_state, states = _launch_forward(call, output, "y", save)
-    if not save:
+    if states is None:
         states = k.new_empty(0, dtype=torch.float32)
     return finish_output(output, weights, v, call), finish_state(final_state, w.shape, call), states
 
@@ -112,11 +116,14 @@ def _layout(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *others: Any) -> KernelC
     return kernel_layout(w, u, k, v, *others, block_c=max(config.fwd_block_c, config.bwd_block_c))
 
 
-def _plan(config: Config, call: KernelCall, block_c: int, groups: int = 1) -> _Plan:
-    """`groups`: how many launches the blocks of channels are divided among."""
+def _plan(config: Config, call: KernelCall, kernel: str) -> _Plan:
+    """`kernel`: "forward", whose groups of channels are a launch each, or "backward"."""
     B, T, _, C = call.sizes
     N = call.n_sequences
-    chunk_len = chunk_length(config, B, T, C // groups, block_c)
+    is_forward = kernel == "forward"
+    block_c, warps = config.blocks_and_warps(kernel)
+    columns = B * triton.cdiv(C // call.groups if is_forward else C, block_c)
+    chunk_len = chunk_length(config, T, columns, warps, multiprocessors(call.k.device))
     n_chunks = max(1, triton.cdiv(T, chunk_len))
     programs = B * n_chunks if call.cu_seqlens is None else T // chunk_len + N
     is_single = n_chunks == 1
@@ -145,23 +152,31 @@ def _group_name(group: int, groups: int) -> str:
     return "first" if group == 0 else "last" if group == groups - 1 else "middle"
 
 
-def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> tuple[Tensor, Tensor]:
-    """Final state (but of empty packed sequences) and checkpoint. `kind`: what `output` is to hold, "y" or "states"."""
+def _scan_sizes(call: KernelCall) -> dict[str, Any]:
+    _, _, P, C = call.sizes
+    block = max(32, lanes_of_a_warp(call.k.device))
+    return {"LANES": P * C, "BLOCK": block, "AHEAD": SCAN_AHEAD, "VARLEN": call.cu_seqlens is not None}
+
+
+def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> tuple[Tensor, Tensor | None]:
+    """Final state (but of empty packed sequences) and, to `save`, the checkpoint. `kind` of output: "y" or "states"."""
     B, T, P, C = call.sizes
     N = call.n_sequences
     config = config_for(P, call.k)
     groups = call.groups
-    plan = _plan(config, call, config.fwd_block_c, groups)
+    plan = _plan(config, call, "forward")
     is_packed = call.cu_seqlens is not None
-    slots = _checkpoint_slots(B, T, N if is_packed else None) if save else plan.programs
-    states = torch.empty(slots, 3, P, C, dtype=torch.float32, device=call.k.device)
+
+    def triples(n: int) -> Tensor:
+        return torch.empty(n, 3, P, C, dtype=torch.float32, device=call.k.device)
+
+    states = triples(_checkpoint_slots(B, T, N if is_packed else None)) if save else None
     if save and is_packed:
         states.zero_()  # not every slot is used, and what is returned is to be the same every time
-    final_state = torch.empty(N, 3, P, C, dtype=torch.float32, device=call.k.device)
     if N == 0 or T == 0:
         return state_without_tokens(call), states
-    slots_per_row = _segments(T) + 1 if save else plan.n_chunks
-    slots_per_chunk = plan.chunk_len // SEGMENT if save else 1
+    final_state = triples(N)
+    chunks = None if plan.is_single else triples(plan.programs)
     has_initial = call.initial_state is not None
 
     partial = output
@@ -170,9 +185,8 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
 
     def walk(kind: str, groups: int = 1, group: int = 0, name: str = "only") -> None:
         wkv_chunk_fwd_kernel[(plan.n_blocks // groups * plan.programs,)](
-            call.w, call.u, call.k, call.v, call.weights, call.initial_state, call.cu_seqlens, states,
-            final_state, output, partial, group, B * T * P * C, T, plan.chunk_len, plan.n_chunks, N, slots_per_row,
-            slots_per_chunk,
+            call.w, call.u, call.k, call.v, call.weights, call.initial_state, call.cu_seqlens, chunks, states,
+            final_state, output, partial, group, B * T * P * C, T, plan.chunk_len, plan.n_chunks, N, _segments(T) + 1,
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=config.fwd_block_t, SEGMENT=SEGMENT,
             WEIGHTS=call.weights_kind, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
             HAS_INITIAL=has_initial, OUTPUT=kind, SAVE=save, GROUPS=groups, GROUP=name,
@@ -182,10 +196,10 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
     with device_guard(call.k.device):
         if not plan.is_single:
             walk("none")
-            wkv_chunk_scan_kernel[(plan.n_blocks * N,)](
-                call.w, call.initial_state, call.cu_seqlens, states, T, plan.chunk_len, slots_per_row,
-                slots_per_chunk,
-                C=C, P=P, BLOCK_C=plan.block_c, VARLEN=is_packed, SAVE=save, HAS_INITIAL=has_initial, **LAUNCH_OPTIONS,
+            scan = _scan_sizes(call)
+            wkv_chunk_scan_kernel[(triton.cdiv(P * C, scan["BLOCK"]) * N,)](
+                call.w, call.initial_state, call.cu_seqlens, chunks, T, plan.chunk_len, plan.n_chunks,
+                HAS_INITIAL=has_initial, **scan, **LAUNCH_OPTIONS,
             )  # fmt: skip
         for group in range(groups):
             walk(kind, groups, group, _group_name(group, groups))
@@ -251,7 +265,7 @@ def _launch_backward(
     device = call.k.device
     config = config_for(P, call.k)
     block_t = config.bwd_block_t
-    plan = _plan(config, call, config.bwd_block_c)
+    plan = _plan(config, call, "backward")
     is_packed = call.cu_seqlens is not None
     is_token = call.weights_kind == "token"
 
@@ -282,9 +296,9 @@ def _launch_backward(
     with device_guard(device):
         if not plan.is_single:
             walk(is_grads=False)
-            wkv_chunk_bwd_scan_kernel[(plan.n_blocks * N,)](
-                call.w, call.cu_seqlens, adjoints, T, plan.chunk_len, plan.n_chunks,
-                C=C, P=P, BLOCK_C=plan.block_c, VARLEN=is_packed, **LAUNCH_OPTIONS,
+            scan = _scan_sizes(call)
+            wkv_chunk_bwd_scan_kernel[(triton.cdiv(P * C, scan["BLOCK"]) * N,)](
+                call.w, call.cu_seqlens, adjoints, T, plan.chunk_len, plan.n_chunks, **scan, **LAUNCH_OPTIONS,
             )  # fmt: skip
         walk(is_grads=True)
     return _Gradients(

@@ -4,7 +4,7 @@ Adjoints are (a, b, O): the derivatives by the true sums are a * 2^-O and b * 2^
 forward state at the same position. There a and b are bounded by the sum of |grad| over the tokens that follow.
 
 1. `wkv_chunk_bwd_kernel` with GRADS=False: what each chunk's outputs add to the adjoint at its start.
-2. `wkv_chunk_bwd_scan_kernel`: the adjoint at the start of each chunk.
+2. `wkv_chunk_bwd_scan_kernel` (chunk_scan.py): the adjoint at the start of each chunk.
 3. `wkv_chunk_bwd_kernel` with GRADS=True: the gradients. With a single chunk it is the only one that runs.
 """
 
@@ -14,20 +14,17 @@ import triton.language as tl
 from trwkv.ops.wkv.chunk_bwd_tiles import store_entered, walk_tile_back
 from trwkv.ops.wkv.chunk_fwd import walk_tile
 from trwkv.ops.wkv.kernel_math import (
-    carry,
     fast_vectors,
-    load_decay,
     load_row,
     load_triple,
     load_vectors,
-    pow2,
     put_away,
     scale_exactly,
     store_triple,
     user_exponent,
     zeros,
 )
-from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk, locate_sequence
+from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk
 from trwkv.ops.wkv.kernel_tiles import no_tile, prefetch_rows, tile_source
 from trwkv.ops.wkv.kernel_unit import enter_tile, exponents
 
@@ -57,7 +54,7 @@ def load_last_adjoint(
     return a, b, O
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T", "chunk_len", "n_chunks", "n_sequences", "slots"])
 def wkv_chunk_bwd_kernel(
     w,  # [P, C]
     u,  # [P, C]
@@ -68,7 +65,7 @@ def wkv_chunk_bwd_kernel(
     grad_output,  # [rows, P, C] or [rows, C / GROUPS]
     grad_final_state,  # [N, 3, P, C]
     states,  # [slots, 3, P, C]: before every segment, and after the last; see kernel_rows
-    adjoints,  # [programs along T, 3, P, C]: at the start of each chunk
+    adjoints,  # [programs along T, 3, P, C]: at the start of each chunk, of the first with GRADS only
     scratch,  # [programs, SEGMENT / BLOCK_T, 3, P, BLOCK_C] and, after each program's, [3 P + 1, BLOCK_C]
     grad_k,  # [rows, C]
     grad_v,  # [rows, C]
@@ -114,6 +111,9 @@ def wkv_chunk_bwd_kernel(
     end = tl.minimum(begin + chunk_len, length)
     if VARLEN:
         if begin >= length:  # of an empty sequence, or no chunk at all
+            return
+    if not GRADS:
+        if i_n == 0:  # what the first chunk adds is found with its gradients
             return
     p_states = states + first_slot(i_s, first, SEGMENT, slots, VARLEN, 2) * (3 * P * C)
     p_adjoint = adjoints + index.to(tl.int64) * (3 * P * C)
@@ -197,52 +197,3 @@ def wkv_chunk_bwd_kernel(
     O = exponents(O, is_joint, P)
     if not GRADS or i_n == 0:
         store_triple(p_adjoint, c, a, b, O, C, P, BLOCK_C)
-
-
-@triton.jit
-def wkv_chunk_bwd_scan_kernel(
-    w,  # [P, C]
-    cu_seqlens,  # [N + 1] if VARLEN
-    adjoints,  # [programs along T, 3, P, C]: what each chunk adds to the adjoint at its start; replaced by the adjoint
-    T,
-    chunk_len,
-    n_chunks,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
-    n_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    c = (tl.program_id(0) % n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    i_s = (tl.program_id(0) // n_blocks).to(tl.int64)
-    first, length = locate_sequence(cu_seqlens, i_s, T, VARLEN)
-    if VARLEN:
-        if length <= chunk_len:
-            return
-    decay, decay_low, decay_exponent = load_decay(w, c, chunk_len.to(tl.float64), C, P, BLOCK_C)
-    rest = zeros(2 * P, BLOCK_C)
-    slot0 = first_slot(i_s, first, chunk_len, n_chunks, VARLEN, 1)
-    p_slot = adjoints + (slot0 + (length - 1) // chunk_len) * (3 * P * C)
-    a, b, O = load_triple(p_slot, c, C, P, BLOCK_C)
-    for _ in range(2 * chunk_len, length, chunk_len):
-        p_slot -= 3 * P * C
-        a_chunk, b_chunk, O_chunk = load_triple(p_slot, c, C, P, BLOCK_C)
-        a_next = ()
-        b_next = ()
-        a_rest = ()
-        b_rest = ()
-        for p in tl.static_range(P):
-            scale = pow2(O_chunk[p] + decay_exponent[p] - O[p])
-            a_joined = tl.fma(rest[p] * scale, decay[p], a_chunk[p])
-            b_joined = tl.fma(rest[P + p] * scale, decay[p], b_chunk[p])
-            p_a, p_a_rest = carry(a[p] * scale, a_joined, decay[p], decay_low[p])
-            p_b, p_b_rest = carry(b[p] * scale, b_joined, decay[p], decay_low[p])
-            a_next += (p_a,)
-            b_next += (p_b,)
-            a_rest += (p_a_rest,)
-            b_rest += (p_b_rest,)
-        a = a_next
-        b = b_next
-        O = O_chunk
-        rest = a_rest + b_rest
-        store_triple(p_slot, c, a, b, O, C, P, BLOCK_C)

@@ -42,7 +42,7 @@ from trwkv.ops.wkv.kernel_tiles import load_rows, load_tile, no_tile, prefetch_r
 from trwkv.ops.wkv.kernel_unit import enter_tile, join, split
 
 
-@triton.jit(do_not_specialize=["group"])
+@triton.jit(do_not_specialize=["group", "plane", "T", "chunk_len", "n_chunks", "n_sequences", "slots"])
 def wkv_chunk_fwd_kernel(
     w,  # [P, C]
     u,  # [P, C]
@@ -51,7 +51,8 @@ def wkv_chunk_fwd_kernel(
     weights,  # [P, C] or [rows, P GROUPS]
     initial_state,  # [N, 3, P, C], N sequences, as the user has it
     cu_seqlens,  # [N + 1] if VARLEN
-    states,  # [slots, 3, P, C], internal form; see kernel_rows
+    chunks,  # [programs along T, 3, P, C] unless SINGLE: what each chunk adds, later the state before it
+    states,  # [slots, 3, P, C] if SAVE: before every segment, and after the last; see kernel_rows
     final_state,  # [N, 3, P, C], as the user sees it
     output,  # [rows, P, C], [rows, C / GROUPS], or states [3, rows, P, C]
     partial,  # [rows, C / GROUPS], float32: the sum of the groups so far
@@ -62,7 +63,6 @@ def wkv_chunk_fwd_kernel(
     n_chunks,
     n_sequences,
     slots,
-    slots_per_chunk,
     C: tl.constexpr,
     P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -92,8 +92,9 @@ def wkv_chunk_fwd_kernel(
             weights += group
     sums = (output, partial)
     c = c0 + tl.arange(0, BLOCK_C)
+    index = tl.program_id(0) // n_blocks
     i_s, i_n, first, length = locate_chunk(
-        cu_seqlens, tl.program_id(0) // n_blocks, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE
+        cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE
     )
     row0 = first_row(first, length, REVERSE)
     begin = i_n * chunk_len
@@ -104,15 +105,17 @@ def wkv_chunk_fwd_kernel(
     if OUTPUT == "none":
         if end == length:  # what the last chunk adds to the state nobody needs
             return
-    slot0 = first_slot(i_s, first, chunk_len // slots_per_chunk, slots, VARLEN, 2 if SAVE else 1)
-    p_slot = states + (slot0 + i_n * slots_per_chunk) * (3 * P * C)
+    if not SINGLE:
+        p_chunk = chunks + index.to(tl.int64) * (3 * P * C)
+    if SAVE:
+        p_states = states + first_slot(i_s, first, SEGMENT, slots, VARLEN, 2) * (3 * P * C)
 
     vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
     fast = fast_vectors(vectors, P, BLOCK_T)
     A, B, O = empty_state(P, BLOCK_C)
     if OUTPUT != "none":
         if not SINGLE:
-            A, B, O = load_triple(p_slot, c, C, P, BLOCK_C)
+            A, B, O = load_triple(p_chunk, c, C, P, BLOCK_C)
         elif HAS_INITIAL:
             A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
     rest = zeros(2 * P, BLOCK_C)
@@ -139,7 +142,7 @@ def wkv_chunk_fwd_kernel(
             t1 = t0 + BLOCK_T
             if SAVE and OUTPUT != "none":
                 if (t1 % SEGMENT == 0) & (t1 < end):
-                    p_saved = states + (slot0 + t1 // SEGMENT) * (3 * P * C)
+                    p_saved = p_states + (t1 // SEGMENT).to(tl.int64) * (3 * P * C)
                     A_saved, B_saved, O_saved, _ = split(A, B, O, rest, is_joint, P)
                     store_triple(p_saved, c, A_saved, B_saved, O_saved, C, P, BLOCK_C)
             A, B, O, rest, is_fast = enter_tile(
@@ -147,11 +150,11 @@ def wkv_chunk_fwd_kernel(
             )
 
     if OUTPUT == "none":
-        store_triple(p_slot + slots_per_chunk * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
+        store_triple(p_chunk, c, A, B, O, C, P, BLOCK_C)
     elif end == length:
         store_user_state(final_state + i_s * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
         if SAVE:
-            p_last = states + (slot0 + (length + SEGMENT - 1) // SEGMENT) * (3 * P * C)
+            p_last = p_states + ((length + SEGMENT - 1) // SEGMENT).to(tl.int64) * (3 * P * C)
             store_triple(p_last, c, A, B, O, C, P, BLOCK_C)
 
 

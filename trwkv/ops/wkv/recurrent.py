@@ -15,7 +15,7 @@ from trwkv.ops.wkv.layout import finish_output, finish_state, kernel_layout, sta
 BLOCK_C = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["T"])
 def wkv_recurrent_fwd_kernel(
     w,  # [P, C]
     u,  # [P, C]
