@@ -15,7 +15,7 @@ def test_wrong_calls(implementation: Implementation) -> None:
     rows = list(wrong_calls(implementation))
     assert len(rows) >= 40
     for row in rows:
-        arguments = right_call(implementation.op) | row.change
+        arguments = right_call(implementation) | row.change
         if implementation.backend is not None:
             arguments.setdefault("backend", implementation.backend)
         wrong(lambda arguments=arguments: implementation.function(**arguments), row)

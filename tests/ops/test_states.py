@@ -72,7 +72,7 @@ def test_a_bidirectional_wkv(backend: str, scale: int) -> None:
 def test_first_and_second_derivatives(backend: str, reverse: bool) -> None:
     w, _, k, v = (x.requires_grad_() for x in inputs(T=3, C=2, dtype=torch.float64))
     state = torch.tensor([0.5, 0.7, -0.3], dtype=torch.float64)[:, None, None].expand(2, 3, 2, 2)
-    state = state.contiguous().requires_grad_()
+    state = state.to(k.device).contiguous().requires_grad_()
 
     def run(w, k, v, state):
         out = wkv_states(
@@ -87,7 +87,7 @@ def test_first_and_second_derivatives(backend: str, reverse: bool) -> None:
 def test_packed_derivatives() -> None:
     w, _, k, v = inputs(T=5, dtype=torch.float64)
     k, v = k[:1].requires_grad_(), v[:1].requires_grad_()
-    state = torch.rand(3, 3, 2, 3, dtype=torch.float64).requires_grad_()
+    state = torch.rand(3, 3, 2, 3, dtype=torch.float64, device=k.device, requires_grad=True)
     cu_seqlens = torch.tensor([0, 2, 2, 5])
 
     def run(w, k, v, state):

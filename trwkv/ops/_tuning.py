@@ -27,8 +27,8 @@ class Config:
     """One configuration of the chunk kernels. Every program is one warp over `block_c` channels.
 
     `fwd_warps` and `bwd_warps` are how many a multiprocessor holds at once, by their registers: with fewer (blocks of
-    channels over all batch rows), T is divided among that many. From `undivided_from` for each multiprocessor on it is
-    not: where T is divided, k and v are read twice. `chunk_len` is the number of tokens a program walks: None lets
+    channels over all batch rows), T is divided among that many. From `..._undivided_from` for each multiprocessor on it
+    is not: where T is divided, k and v are read twice. `chunk_len` is the number of tokens a program walks: None lets
     `chunk_length` decide.
     """
 
@@ -38,18 +38,16 @@ class Config:
     bwd_block_t: int
     fwd_warps: int = 12
     bwd_warps: int = 12
-    undivided_from: int = 3
+    fwd_undivided_from: float = 3.0
+    bwd_undivided_from: float = 3.5
     chunk_len: int | None = None
 
-    def blocks_and_warps(self, kernel: str) -> tuple[int, int]:
-        """Of "forward" or "backward": channels in a block, warps that a multiprocessor holds."""
-        return (
-            (self.fwd_block_c, self.fwd_warps) if kernel == "forward" else (self.bwd_block_c, self.bwd_warps)
-        )
+    def block_c(self, kernel: str) -> int:
+        return self.fwd_block_c if kernel == "forward" else self.bwd_block_c
 
 
 CONFIGS = {
-    1: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8),
+    1: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8, bwd_undivided_from=4.0),
     2: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8, bwd_warps=8),
     3: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8, fwd_warps=8, bwd_warps=8),
     4: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8, fwd_warps=8, bwd_warps=8),
@@ -136,10 +134,9 @@ def _config(entry: Any, file: Path, name: str) -> Config:
     numbers = (*sizes, config.fwd_warps, config.bwd_warps)
     if not all(isinstance(n, int) and n > 0 for n in numbers) or any(n & (n - 1) for n in sizes):
         raise ValueError(f"{file}: {name}: expected numbers above 0, of blocks powers of two; got {config}")
-    if not isinstance(config.undivided_from, int) or config.undivided_from < 0:
-        raise ValueError(
-            f"{file}: {name}: expected undivided_from of 0 or more; got {config.undivided_from!r}"
-        )
+    for columns in (config.fwd_undivided_from, config.bwd_undivided_from):
+        if not isinstance(columns, int | float) or not columns > 0:
+            raise ValueError(f"{file}: {name}: expected undivided_from above 0; got {columns!r}")
     if config.bwd_block_t * 32 < SEGMENT:
         raise ValueError(
             f"{file}: {name}: expected bwd_block_t of at least {SEGMENT // 32}; got {config.bwd_block_t}"
@@ -157,17 +154,20 @@ def pin_config(**changes: int) -> Iterator[None]:
         _pinned.pop()
 
 
-def chunk_length(config: Config, T: int, columns: int, warps: int, multiprocessors: int) -> int:
-    """Tokens per program, a multiple of SEGMENT. `columns`: blocks of channels over all batch rows; `warps`: of this
-    kernel's, how many a multiprocessor holds.
+def chunk_length(config: Config, kernel: str, T: int, columns: int, multiprocessors: int) -> int:
+    """Tokens that a program of "forward" or "backward" walks, a multiple of SEGMENT. `columns`: blocks of channels over
+    all batch rows.
 
     All of T where the columns keep the machine busy, or T is too short for the two launches more that chunks cost;
     else so many chunks that all of them run at once. With more, some would begin when the others have ended.
     """
     if config.chunk_len is not None:
         return max(SEGMENT, -(-config.chunk_len // SEGMENT) * SEGMENT)
+    warps, undivided_from = config.fwd_warps, config.fwd_undivided_from
+    if kernel == "backward":
+        warps, undivided_from = config.bwd_warps, config.bwd_undivided_from
     segments = max(1, -(-T // SEGMENT))
-    if columns >= config.undivided_from * multiprocessors or segments <= UNDIVIDED_SEGMENTS:
+    if columns >= undivided_from * multiprocessors or segments <= UNDIVIDED_SEGMENTS:
         return segments * SEGMENT
     chunks = max(1, warps * multiprocessors // max(1, columns))
     return -(-segments // chunks) * SEGMENT

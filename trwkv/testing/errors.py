@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trwkv.testing.ops import Implementation, OpContract
+from trwkv.testing.ops import Implementation
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class WrongCall:
     says: tuple[str, ...]
 
 
-def right_call(op: OpContract, **arguments: Any) -> dict[str, Any]:
+def right_call(implementation: Implementation, **arguments: Any) -> dict[str, Any]:
     """Arguments of a call with every input there is."""
-    case = op.case(**{"B": 2, "T": 5, "P": 3, "C": 4, **op.complete, **arguments})
+    op = implementation.op
+    case = op.case(**{"B": 2, "T": 5, "P": 3, "C": 4, **op.complete, **arguments}).to(implementation.device)
     packed = {} if case.cu_seqlens is None else {"cu_seqlens": case.cu_seqlens}
     return case.inputs | packed
 
@@ -31,7 +32,7 @@ def right_call(op: OpContract, **arguments: Any) -> dict[str, Any]:
 def wrong_calls(implementation: Implementation) -> Iterator[WrongCall]:
     """Wrong types, shapes, devices and options, for each argument the op has."""
     parameters = inspect.signature(implementation.function).parameters
-    given = right_call(implementation.op)
+    given = right_call(implementation)
     first = next(iter(given))  # its shape tells what the others must be
     for name, x in given.items():
         yield WrongCall(f"{name} a list", {name: [1.0]}, TypeError, (f"{name}: expected a tensor", "list"))
@@ -54,7 +55,7 @@ def wrong_calls(implementation: Implementation) -> Iterator[WrongCall]:
             got = "got" if name == first else f"got {list(other.shape)}"
             yield WrongCall(f"{name} {shape}", {name: other}, ValueError, (subject, got))
     yield from _wrong_options(parameters)
-    yield from _wrong_sequences(implementation.op)
+    yield from _wrong_sequences(implementation)
 
 
 def _wrong_options(parameters: Any) -> Iterator[WrongCall]:
@@ -70,9 +71,10 @@ def _wrong_options(parameters: Any) -> Iterator[WrongCall]:
     yield WrongCall("an unknown option", {"cu_seqlen": None}, TypeError, ("cu_seqlen",))
 
 
-def _wrong_sequences(op: OpContract) -> Iterator[WrongCall]:
+def _wrong_sequences(implementation: Implementation) -> Iterator[WrongCall]:
     def packed(value: Any, **arguments: Any) -> dict[str, Any]:
-        return right_call(op, **{"B": 1, "cu_seqlens": (0, 2, 5), **arguments}) | {"cu_seqlens": value}
+        arguments = {"B": 1, "cu_seqlens": (0, 2, 5), **arguments}
+        return right_call(implementation, **arguments) | {"cu_seqlens": value}
 
     def bounds(*values: int) -> Tensor:
         return torch.tensor(values)
@@ -100,7 +102,12 @@ def _wrong_sequences(op: OpContract) -> Iterator[WrongCall]:
             ("cu_seqlens:", "[0, 4, 2, 5]"),
         ),
         ("negative", packed(bounds(0, -1, 5)), ValueError, ("cu_seqlens: expected", "[0, -1, 5]")),
-        ("with two rows", right_call(op) | {"cu_seqlens": right}, ValueError, ("B = 1", "cu_seqlens")),
+        (
+            "with two rows",
+            right_call(implementation) | {"cu_seqlens": right},
+            ValueError,
+            ("B = 1", "cu_seqlens"),
+        ),
         (
             "of one more than states",
             packed(bounds(0, 2, 3, 5)),

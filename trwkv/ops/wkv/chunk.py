@@ -121,9 +121,9 @@ def _plan(config: Config, call: KernelCall, kernel: str) -> _Plan:
     B, T, _, C = call.sizes
     N = call.n_sequences
     is_forward = kernel == "forward"
-    block_c, warps = config.blocks_and_warps(kernel)
+    block_c = config.block_c(kernel)
     columns = B * triton.cdiv(C // call.groups if is_forward else C, block_c)
-    chunk_len = chunk_length(config, T, columns, warps, multiprocessors(call.k.device))
+    chunk_len = chunk_length(config, kernel, T, columns, multiprocessors(call.k.device))
     n_chunks = max(1, triton.cdiv(T, chunk_len))
     programs = B * n_chunks if call.cu_seqlens is None else T // chunk_len + N
     is_single = n_chunks == 1
@@ -177,19 +177,23 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
         return state_without_tokens(call), states
     final_state = triples(N)
     chunks = None if plan.is_single else triples(plan.programs)
-    has_initial = call.initial_state is not None
 
     partial = output
     if groups > 1 and output.dtype != torch.float32:
         partial = torch.empty_like(output, dtype=torch.float32)
 
     def walk(kind: str, groups: int = 1, group: int = 0, name: str = "only") -> None:
+        weights, initial_state, saved = call.weights, call.initial_state, states
+        weights_kind = call.weights_kind
+        if kind == "none":  # the same kernel, whatever is to come of its sums
+            weights = initial_state = saved = None
+            weights_kind = "none"
         wkv_chunk_fwd_kernel[(plan.n_blocks // groups * plan.programs,)](
-            call.w, call.u, call.k, call.v, call.weights, call.initial_state, call.cu_seqlens, chunks, states,
+            call.w, call.u, call.k, call.v, weights, initial_state, call.cu_seqlens, chunks, saved,
             final_state, output, partial, group, B * T * P * C, T, plan.chunk_len, plan.n_chunks, N, _segments(T) + 1,
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=config.fwd_block_t, SEGMENT=SEGMENT,
-            WEIGHTS=call.weights_kind, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
-            HAS_INITIAL=has_initial, OUTPUT=kind, SAVE=save, GROUPS=groups, GROUP=name,
+            WEIGHTS=weights_kind, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
+            HAS_INITIAL=initial_state is not None, OUTPUT=kind, SAVE=saved is not None, GROUPS=groups, GROUP=name,
             PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), **LAUNCH_OPTIONS,
         )  # fmt: skip
 
@@ -199,7 +203,7 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
             scan = _scan_sizes(call)
             wkv_chunk_scan_kernel[(triton.cdiv(P * C, scan["BLOCK"]) * N,)](
                 call.w, call.initial_state, call.cu_seqlens, chunks, T, plan.chunk_len, plan.n_chunks,
-                HAS_INITIAL=has_initial, **scan, **LAUNCH_OPTIONS,
+                HAS_INITIAL=call.initial_state is not None, **scan, **LAUNCH_OPTIONS,
             )  # fmt: skip
         for group in range(groups):
             walk(kind, groups, group, _group_name(group, groups))

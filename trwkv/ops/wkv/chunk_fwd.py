@@ -140,7 +140,7 @@ def wkv_chunk_fwd_kernel(
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, PAIRED, PTX,
             )  # fmt: skip
             t1 = t0 + BLOCK_T
-            if SAVE and OUTPUT != "none":
+            if SAVE:
                 if (t1 % SEGMENT == 0) & (t1 < end):
                     p_saved = p_states + (t1 // SEGMENT).to(tl.int64) * (3 * P * C)
                     A_saved, B_saved, O_saved, _ = split(A, B, O, rest, is_joint, P)

@@ -10,6 +10,7 @@ import torch
 from trwkv.ops import _dispatch
 from trwkv.ops._compile import Launch, intercept_launches
 from trwkv.ops._dispatch import is_interpreting
+from trwkv.testing import ops
 from trwkv.testing.ptx.machine import WARP, Machine
 from trwkv.testing.ptx.memory import Memory
 from trwkv.testing.ptx.parse import Program, parse
@@ -52,5 +53,6 @@ def emulated_launches(capability: int = 90) -> Iterator[None]:
     with (
         intercept_launches(lambda launch: run(launch, capability)),
         mock.patch.object(_dispatch, "_require_triton", lambda device, dtype: None),
+        mock.patch.object(ops, "HAS_GPU", False),
     ):
         yield
