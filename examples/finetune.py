@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from trwkv.adapters import PerspectiveCheckpoints, save_perspectives
 from trwkv.cli import load_model
-from trwkv.data import TokenBlocks, load_tokenizer, token_blocks
+from trwkv.data import TokenBlocks, check_vocabulary, load_tokenizer, token_blocks
 from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
 from trwkv.training import parameter_groups
 
@@ -112,22 +112,19 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, Training
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
 
 
-def make_model(options: ModelArguments, data: DataArguments, vocab_size: int) -> TemporalRwkvForCausalLM:
+def make_model(options: ModelArguments, data: DataArguments, tokenizer: Any) -> TemporalRwkvForCausalLM:
     """The model, with its base frozen or not."""
     names = ("n_perspectives", "placement", "aggregation", "perspective_noise")
     wanted = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.base == "scratch":
         sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.num_hidden_layers}
         config = TemporalRwkvConfig(
-            vocab_size=vocab_size, context_length=data.context_length, **sizes, **wanted
+            vocab_size=len(tokenizer), context_length=data.context_length, **sizes, **wanted
         )
         model = TemporalRwkvForCausalLM(config)
     else:
         model = load_model(options.base, "float32", **wanted)
-    if vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer: expected at most the base's {model.config.vocab_size} tokens; got {vocab_size}"
-        )
+    check_vocabulary(tokenizer, model.config.vocab_size)
     if options.train_parameters != "all":
         which = options.train_parameters
         model.freeze_base(train_head=which.endswith("+head"), train_vectors=which.startswith("vectors"))
@@ -187,8 +184,9 @@ def finetune(options: ModelArguments, data: DataArguments, training: TrainingArg
             "lora_rank: expected 0 with fsdp or deepspeed, which shard the perspectives that are saved"
         )
     set_seed(training.seed)
+    training._n_gpu = min(training.n_gpu, 1)  # several are for torchrun: DataParallel cannot gather a state
     tokenizer = load_tokenizer(data.tokenizer or ("bytes" if options.base == "scratch" else options.base))
-    model: Any = make_model(options, data, len(tokenizer))
+    model: Any = make_model(options, data, tokenizer)
     if options.lora_rank:
         model = with_lora(model, options)
     train_blocks, held_out = read_blocks(data, tokenizer, training.seed)

@@ -153,7 +153,16 @@ def test_eval(folder, tmp_path, capsys) -> None:
 
 WRONG = [
     (["convert", "nowhere", "x"], "no file or folder 'nowhere'"),
-    (["convert", "FOLDER", "x", "--perspectives", "2"], "has its perspectives already"),
+    (["convert", "FOLDER", "x", "--perspectives", "2"], "expected no n_perspectives"),
+    (
+        ["eval", "--model", "FOLDER", "--tasks", "nothing.jsonl", "--json", "no/where/x"],
+        "nothing.jsonl does not exist",
+    ),
+    (
+        ["eval", "--model", "FOLDER", "--tasks", "piqa", "--json", "no/where/x"],
+        "--json: expected a file in a folder",
+    ),
+    (["generate", "--model", "nowhere", "--prompt", "a"], "no file or folder 'nowhere'"),
     (["eval", "--model", "FOLDER", "--tasks", "nothing.jsonl"], "nothing.jsonl does not exist"),
     (["generate", "--model", "FOLDER", "--prompt", ""], "--prompt: expected at least one token"),
     (["generate", "--model", "FOLDER", "--prompt", "a", "--tokenizer", "no/where/x"], "tokenizer"),
@@ -166,3 +175,24 @@ def test_wrong_input(arguments, message, folder) -> None:
         cli.main([str(folder) if x == "FOLDER" else x for x in arguments])
     assert str(error.value).startswith(f"trwkv {arguments[0]}: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--temperature", "nan"), ("--temperature", "-1"), ("--device", "nope")]
+)
+def test_wrong_options(option, value, folder, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--model", str(folder), "--prompt", "a", option, value])
+    assert f"argument {option}: " in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has(tmp_path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    TemporalRwkvForCausalLM(
+        TemporalRwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
+    ).save_pretrained(tmp_path)
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text('{"text": "a b c"}\n')
+    for arguments in (["generate", "--prompt", "a"], ["eval", "--tasks", str(passages)]):
+        with pytest.raises(SystemExit, match="tokenizer: expected at most the model's 9 tokens; got "):
+            cli.main([*arguments, "--model", str(tmp_path)])

@@ -44,6 +44,22 @@ def arguments(folder, **options):
     return TrainingArguments(output_dir=str(folder), disable_tqdm=True, **settings)
 
 
+@pytest.mark.parametrize("is_peft", [False, True])
+def test_label_smoothing_is_of_the_next_token(is_peft, tmp_path):
+    """Trainer shifts labels itself for it, if it knows that the model is a causal one."""
+    model = random_model()
+    rows = [{**Rows()[i], "labels": Rows()[i]["input_ids"]} for i in range(8)]
+    ids = torch.stack([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    if is_peft:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=TIME_MIXING))
+    trainer = Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=0.1), eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def sections():
     """Heading and Python blocks of each part of the guide."""
     parts = re.split(r"^##? (.+)$", GUIDE.read_text(), flags=re.MULTILINE)[1:]

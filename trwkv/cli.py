@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(generate)
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
-    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    generate.add_argument(
+        "--temperature", type=_temperature, default=1.0, help="0 is greedy (default: %(default)s)"
+    )
     generate.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
     generate.add_argument("--seed", type=int, help="makes sampling repeatable")
     generate.set_defaults(run=_generate)
@@ -92,12 +94,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _temperature(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0; got {text}")
+    return float(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # the latter from PyTorch built without CUDA
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from error
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="see `trwkv --help`")
     parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub id (default: the model's folder)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (default: the checkpoint's)")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+        "--device",
+        type=_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: %(default)s)",
     )
 
 
@@ -113,7 +131,10 @@ def load_model(source: str, dtype: str | None = None, **options: Any) -> Tempora
     if not is_ours:
         return TemporalRwkvForCausalLM.from_rwkv4(source, dtype=dtype, **options)
     if options:
-        raise ValueError(f"{source} has its perspectives already; expected no {', '.join(options)}")
+        raise ValueError(
+            f"{source} is a model of this package, whose perspectives are what they are; expected no "
+            f"{', '.join(options)} (a model of one perspective can be converted to .pth first)"
+        )
     return TemporalRwkvForCausalLM.from_pretrained(source, dtype=dtype or "auto")
 
 
@@ -174,6 +195,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     tasks = options.tasks.split(",")
     check_tasks(tasks)
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise ValueError(f"--json: expected a file in a folder that exists; got {options.json}")
     model = load_model(options.model, options.dtype).to(options.device)
     results = evaluate(
         model,
@@ -198,11 +221,11 @@ def _harness(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from transformers import TextStreamer, set_seed
 
-    import trwkv.models  # noqa: F401  AutoTokenizer looks at the model's configuration, and should know it
-    from trwkv.data import load_tokenizer
+    from trwkv.data import check_vocabulary, load_tokenizer
 
-    tokenizer = load_tokenizer(options.tokenizer or options.model)
     model = load_model(options.model, options.dtype).to(options.device).eval()
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
+    check_vocabulary(tokenizer, model.config.vocab_size)
     prompt = tokenizer(options.prompt, return_tensors="pt").to(options.device)
     if not prompt["input_ids"].shape[1]:
         raise ValueError("--prompt: expected at least one token; got none")

@@ -189,6 +189,12 @@ def check_hub(what: str, instead: str) -> None:
         ) from error
 
 
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Raises ValueError if the tokenizer has tokens for which a model of this size has no embedding."""
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"tokenizer: expected at most the model's {vocab_size} tokens; got {len(tokenizer)}")
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """A tokenizer with an end-of-text token.
 

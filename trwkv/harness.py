@@ -21,6 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 import trwkv.models  # noqa: F401  lm-eval's own "hf" can load our folders, too
+from trwkv.data import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,6 +88,7 @@ class TrwkvLM(HFLM):
                 max_length=_NO_LONGEST_CONTEXT,
                 softmax_dtype=torch.float32,
             )
+        check_vocabulary(self.tokenizer, model.config.vocab_size)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(self._prefixed(requests), disable_tqdm=disable_tqdm)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from test_models import KINDS, random_model, random_tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from trwkv.models import TemporalRwkvCache, TemporalRwkvForCausalLM
 from trwkv.models.cache import CACHE_NAME
@@ -130,6 +130,29 @@ def test_beam_search_reorders_the_state(kind):
     with_state = model.generate(tokens, attention_mask=all_ones(tokens), **options)
     without = model.generate(tokens, attention_mask=all_ones(tokens), use_cache=False, **options)
     assert torch.equal(with_state, without)
+
+
+def test_generation_in_training_with_gradient_checkpointing():
+    """As a callback of Trainer's may do: without a cache, which checkpointing forbids."""
+    model, tokens = random_model(), random_tokens(2, 6)
+    expected = model.generate(tokens, attention_mask=all_ones(tokens), **GREEDY)
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(tokens, attention_mask=all_ones(tokens), **GREEDY), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_draft_for_a_transformer():
+    settings = GPTNeoXConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    torch.manual_seed(0)
+    target, tokens = GPTNeoXForCausalLM(settings).eval(), random_tokens(1, 6)
+    expected = target.generate(tokens, attention_mask=all_ones(tokens), **GREEDY)
+    output = target.generate(
+        tokens, attention_mask=all_ones(tokens), assistant_model=random_model(), **GREEDY
+    )
+    assert torch.equal(output, expected)
 
 
 def test_several_samples_of_one_prompt():

@@ -58,6 +58,15 @@ def test_wrong_configurations_are_refused(options, message):
         TemporalRwkvConfig(**options)
 
 
+def test_another_kind_of_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv", "hidden_size": 8, "num_hidden_layers": 2}')
+    for load in (TemporalRwkvConfig.from_pretrained, TemporalRwkvForCausalLM.from_pretrained):
+        with pytest.raises(
+            ValueError, match=r"model_type: expected 'temporal_rwkv'; got 'rwkv' .*from_rwkv4"
+        ):
+            load(tmp_path)
+
+
 def test_a_misspelt_option_is_refused():
     with pytest.raises(TypeError, match="n_perspective: unknown option; did you mean n_perspectives"):
         TemporalRwkvConfig(n_perspective=3)
@@ -192,6 +201,9 @@ def test_wrong_inputs_are_refused():
     cache = model(tokens).cache
     with pytest.raises(ValueError, match="padding after a token"):
         model(tokens, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), cache=cache)
+    unlike = torch.cat([torch.tensor([[0, 0, 1, 1, 1], [1] * 5]), torch.ones(2, 5)], dim=1)
+    with pytest.raises(ValueError, match=r"before the last 5 places .* has seen, \[5, 5\]; got \[3, 5\]"):
+        model(tokens, attention_mask=unlike, cache=cache)
     with pytest.raises(ValueError, match="cache: expected a state of 2 layers"):
         model(tokens, cache=TemporalRwkvCache(3))
     before = [x.clone() for x in cache.layers[0].states().values()]

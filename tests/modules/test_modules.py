@@ -129,6 +129,14 @@ def test_selector_weights():
     assert weights.tolist() == [0.75, 0.25, 0.0]
 
 
+@pytest.mark.parametrize("aggregation, fixed", [("mean", None), ("fixed", [1 / 3] * 3)])
+def test_weights_of_a_float64_model(aggregation, fixed):
+    weights = PerspectiveSelector(C, 3, aggregation=aggregation, fixed_weights=fixed)(
+        torch.randn(B, T, C).double()
+    )
+    assert weights.tolist() == [1 / 3] * 3
+
+
 def test_selector_noise_is_for_training_only():
     x = torch.randn(B, T, C)
     selector = PerspectiveSelector(C, P, noise=0.5)

@@ -183,8 +183,13 @@ class TemporalRwkvCache(Cache):
     @property
     def started(self) -> Tensor | None:
         """[B] bool, the rows that have seen a token: padding must come before. None: no row has."""
+        return None if self.tokens_seen is None else self.tokens_seen > 0
+
+    @property
+    def tokens_seen(self) -> Tensor | None:
+        """How many tokens, padding apart, each row has had [B]; None before the first call."""
         counts = self.layers[0].counts
-        return None if counts is None else counts[:, 1] > 0
+        return None if counts is None else counts[:, 1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Places seen, padding included."""

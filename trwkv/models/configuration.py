@@ -96,6 +96,16 @@ class TemporalRwkvConfig(PreTrainedConfig):
         self._check_perspectives()
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:  # transformers would only warn, and begin with random weights
+            raise ValueError(
+                f"model_type: expected {cls.model_type!r}; got {kind!r} (a checkpoint of RWKV-4 is read by "
+                "TemporalRwkvForCausalLM.from_rwkv4)"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def _check_numbers(self) -> None:
         for name in (*SIZES, "context_length", "n_perspectives"):
             value = getattr(self, name)

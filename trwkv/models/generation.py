@@ -43,6 +43,8 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
                 f"cache_implementation: expected None, 'dynamic' or 'static' (a recurrent state is all there is "
                 f"to keep, of one size); got {kind!r}"
             )
+        if self.training and self.base_model.gradient_checkpointing and not generation_config.is_assistant:  # type: ignore
+            generation_config.use_cache = model_kwargs["use_cache"] = False
         if generation_config.use_cache is False or model_kwargs.get(CACHE_NAME) is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore
         else:
@@ -67,7 +69,11 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
                 f"{input_ids.shape[1]}"
             )
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore
-        inputs.pop("cache_position", None)  # transformers 5.0 counts for everyone
+        for name in (
+            "cache_position",
+            "position_ids",
+        ):  # transformers 5.0 counts for everyone; an assistant's target
+            inputs.pop(name, None)
         return inputs
 
     def _get_initial_cache_position(

@@ -14,12 +14,13 @@ def token_mask(
     Under torch.compile, which cannot look at numbers, any mask is taken to leave something out, rightly placed.
 
     Args:
-        attention_mask: [B, T], or longer with a cache: its last T columns count. 0 where there is no token.
+        attention_mask: [B, T], or longer with a cache: its last T columns count; those before, if they are as many as
+            the cache has seen, must be as it saw them. 0 where there is no token.
         batch_size, n_tokens: B and T.
         cache: a row whose first token it has seen may hold no more padding.
 
     Raises:
-        ValueError: another shape, or padding after a token the cache has seen.
+        ValueError: another shape, padding after a token the cache has seen, or other tokens than it has seen.
     """
     if attention_mask is None:
         return None
@@ -28,9 +29,16 @@ def token_mask(
         raise ValueError(
             f"attention_mask: expected shape [B, T] = {[batch_size, n_tokens]}; got {list(shape)}"
         )
-    mask = attention_mask[:, shape[1] - n_tokens :].bool()
+    past, mask = attention_mask.bool().split([shape[1] - n_tokens, n_tokens], dim=1)
     if torch.compiler.is_compiling():
         return mask
+    if cache is not None and past.shape[1] == cache.get_seq_length():
+        got, seen = past.sum(dim=1).tolist(), cache.tokens_seen
+        if seen is not None and got != seen.tolist():
+            raise ValueError(
+                f"attention_mask: expected as many tokens in each row before the last {n_tokens} places as the cache "
+                f"has seen, {seen.tolist()}; got {got}"
+            )
     if bool(mask.all()):
         return None
     started = None if cache is None else cache.started

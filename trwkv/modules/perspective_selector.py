@@ -63,12 +63,15 @@ class PerspectiveSelector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Weights for the input x [B, T, C]: [B, T, P] from the selector, [P] from the others; at least
         float32."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self.aggregation == "mean":
-            return torch.full((self.n_perspectives,), 1 / self.n_perspectives, device=x.device)
+            return torch.full((self.n_perspectives,), 1 / self.n_perspectives, device=x.device, dtype=dtype)
         if (
             self.fixed_weights is not None
         ):  # filled on the device: nothing to copy there, no buffer to lose precision
-            return torch.cat([torch.full((1,), weight, device=x.device) for weight in self.fixed_weights])
+            return torch.cat(
+                [torch.full((1,), weight, device=x.device, dtype=dtype) for weight in self.fixed_weights]
+            )
         logits = self.gate(x) if self.aggregation == "selector" else self.logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.aggregation == "selector" and self.training and self.noise > 0:

@@ -59,9 +59,14 @@ def chunk_backend(backend: str) -> ModuleType:
 
 
 def sequences_for(cu_seqlens: Tensor | None, k: Tensor, backend: str) -> Any:
-    """`cu_seqlens` as the backend takes it, checked: the kernels read the tensor, PyTorch wants its values."""
+    """`cu_seqlens` as the backend takes it, checked: the kernels read the tensor, PyTorch wants its values.
+
+    While a CUDA graph is captured nothing on a GPU may be read, nor can what a replay will find there be known.
+    """
     if cu_seqlens is None:
         return None
+    if backend == "triton" and cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return cu_seqlens
     bounds = sequence_bounds(cu_seqlens, k.shape[1])
     return cu_seqlens if backend == "triton" else bounds
 
