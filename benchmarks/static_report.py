@@ -24,13 +24,12 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 
 from static_sass import FastPath, fast_paths, machine_code
-from static_schedule import cycles
+from static_schedule import CLOCK, COPY, SMS, cycles
 from trwkv.ops._compile import Launch, record_launches, resources
 from trwkv.ops._tuning import INSTRUCTION_BUDGET, config_for
 from trwkv.ops.wkv import chunk
 from trwkv.report import environment
 
-SMS, CLOCK, COPY = 132, 1.98e9, 4.3e12
 ISSUE = SMS * CLOCK * 4 * 32  # instructions of one lane per second
 SPECIAL = SMS * CLOCK * 16
 LOAD = 300  # cycles, of one that the L2 cache answers

@@ -6,8 +6,14 @@ code and a few latencies; that of several, which take turns, from a simulation. 
 latencies are assumed, round figures of the size that is usual for Hopper, and one load takes as long as any other.
 """
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+SMS, CLOCK, COPY = 132, 1.98e9, 4.3e12
+"""An H200's multiprocessors, Hz, and bytes per second of a copy."""
+LAUNCH = 2.5e-6
+"""Seconds, assumed: until a kernel has begun, and its programs have loaded their first tile."""
 LATENCY = {"MUFU": 20, "LDS": 30, "REDUX": 30, "R2UR": 12, "S2R": 30, "LDC": 30, "SHFL": 25, "LDL": 60}
 OTHER = 20
 ALU = (
@@ -66,3 +72,40 @@ def cycles(trace: Sequence[tuple[str, int]], warps: int, load: int, turns: int =
         if warp == 0 and at[0] % len(trace) == 0:
             ends.append(now)
     return (ends[-1] - ends[1]) / (len(ends) - 2) / warps
+
+
+class Walk(NamedTuple):
+    """A kernel's walk over a tile: cycles that a scheduler takes for 1, 2, ... warps, up to what registers allow."""
+
+    channels: int
+    tokens: int
+    cycles: tuple[float, ...]
+
+    def seconds(self, programs: int, tokens: int, bytes_per_element: float) -> float:
+        """What so many programs of so many tokens each take."""
+        total, left = 0.0, programs
+        while left > 0:
+            now = min(left, len(self.cycles) * (4 * SMS))
+            compute = tokens / self.tokens * self.cycles[math.ceil(now / (4 * SMS)) - 1] / CLOCK
+            total += max(compute, now * tokens * self.channels * bytes_per_element / COPY)
+            left -= now
+        return total
+
+
+class Kernels(NamedTuple):
+    """Those of the forward, or of the backward."""
+
+    summary: Walk
+    scan: float  # cycles for each chunk
+    results: Walk
+    bytes_per_element: tuple[float, float]  # of summary and results
+
+    def seconds(self, B: int, T: int, C: int, chunk_len: int) -> float:
+        chunks = math.ceil(T / chunk_len)
+        programs = B * math.ceil(C / self.results.channels) * chunks
+        first, second = self.bytes_per_element
+        total = LAUNCH + self.results.seconds(programs, chunk_len, second)
+        if chunks > 1:
+            total += LAUNCH + self.summary.seconds(programs, chunk_len, first)
+            total += LAUNCH + chunks * self.scan / CLOCK
+        return total

@@ -1,7 +1,7 @@
 """Throughput of the op: forward, backward and decode for P perspectives, against what else is installed.
 
     python benchmarks/throughput.py                                     # small defaults, under two minutes on a CPU
-    python benchmarks/throughput.py --set full --json FILE --minutes 9  # all of it; again with --resume until done
+    python benchmarks/throughput.py --json FILE --minutes 9             # again with --resume until it is done
     python benchmarks/throughput.py --shapes "1,8192,768" --perspectives 1,3 --json results.json --plot results.png
     python benchmarks/throughput.py --table results.json                # the Markdown table of a run
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from throughput_cases import DTYPES, LAYOUTS, MODES
-from throughput_contenders import SLOW_TO_START, contenders
+from throughput_contenders import IN_PLACE, SLOW_TO_START, contenders
 from throughput_official import OFFICIAL, find_sources
 from throughput_plots import plot, plot_length, plot_perspectives
 from throughput_report import conditions, first_calls, not_run, read, summary, table
@@ -29,6 +29,17 @@ SETS = {
         "cpu": {"shapes": "1,2048,768;4,256,768"},
         "cuda": {"shapes": "8,4096,2048;1,16384,2048;32,1024,768"},
         "modes": "forward,forward+backward,decode",
+        "perspectives": "1,2,3,4",
+        "layouts": "aggregated",
+    },
+    "main": {
+        "cpu": {"shapes": "1,2048,768;4,256,768"},
+        "cuda": {
+            "shapes": "8,1024,768;32,2048,1024;8,4096,4096;1,8192,2048;1,65536,2048",
+            "decode": "1,2048;64,2048",
+            "backends": ("triton", IN_PLACE, "flash-linear-attention", OFFICIAL),
+        },
+        "modes": ",".join(MODES),
         "perspectives": "1,2,3,4",
         "layouts": "aggregated",
     },
@@ -50,7 +61,8 @@ SETS = {
         "layouts": "aggregated",
     },
 }
-"""What runs by name; any of it can be replaced by the option of that name. "scaling" is for the two scaling plots."""
+"""What runs by name; any of it can be replaced by the option of that name. "scaling" is for the two scaling plots. On a
+GPU "main" takes some minutes with kernels compiled, "full" hours: 1440 rows, 500 of our kernels."""
 
 
 def _selected(results: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -115,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--set", choices=SETS, help="what runs by default: quick on a CPU, full on a GPU")
+    add("--set", choices=SETS, help="what runs by default: quick on a CPU, main on a GPU")
     add("--shapes", type=PARSERS["shapes"], metavar="B,T,C;...", help="default: the set's")
     add(
         "--decode",
@@ -172,6 +184,7 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with the run in the --json file: what it has is not run again",
     )
+    add("--retry", action="store_true", help="with --resume: run again what failed or was wrong")
     add(
         "--profile",
         type=Path,
@@ -204,9 +217,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--official-cuda: {error}")
     present = [*contenders(options.device), *([OFFICIAL] if options.official_cuda else [])]
     if options.backends is None:
-        options.backends = [x for x in present if options.set != "quick" or x not in SLOW_TO_START]
+        chosen = SETS[options.set][options.device].get("backends", present)
+        options.backends = [
+            x for x in present if x in chosen and (options.set != "quick" or x not in SLOW_TO_START)
+        ]
     elif not set(options.backends) <= set(present):
         parser.error(f"--backends: expected some of {','.join(present)}; got {','.join(options.backends)}")
+    if options.retry and not options.resume:
+        parser.error("--retry: needs --resume")
     if options.resume and not options.json:
         parser.error("--resume: needs --json, the file to go on with")
     if options.json and not options.json.parent.is_dir():
@@ -218,7 +236,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _fill_in(options: argparse.Namespace) -> None:
     """The set's value of every option that was not given."""
-    options.set = options.set or ("full" if options.device == "cuda" else "quick")
+    options.set = options.set or ("main" if options.device == "cuda" else "quick")
     chosen = {**SETS[options.set], **SETS[options.set][options.device]}
     if options.device == "cpu":
         chosen["modes"] = chosen["modes"].removesuffix(",decode-graph")

@@ -99,26 +99,30 @@ class Inputs:
         return {n: x for n, x in vars(self).items() if n != "grad_output" and x is not None}
 
 
-def make_inputs(case: Case) -> Inputs:
-    """The same random numbers for the same case on every machine: decays from e^-5 to e^1 per step, as RWKV-4's."""
-    random = torch.Generator().manual_seed(0)
+def make_inputs(case: Case, *, random: bool = True) -> Inputs:
+    """The same random numbers for the same case on every machine: decays from e^-5 to e^1 per step, as RWKV-4's.
+    Without `random` k, v and the gradient are whatever memory holds.
+    """
+    generator = torch.Generator().manual_seed(0)
 
     def normal(shape: tuple[int, ...]) -> Tensor:
+        if not random:
+            return torch.empty(shape, dtype=case.dtype, device=case.device)
         size = prod(shape)
-        bank = torch.randn(min(size, _BANK), generator=random).to(case.device, case.dtype)
+        bank = torch.randn(min(size, _BANK), generator=generator).to(case.device, case.dtype)
         return (bank if size <= _BANK else bank.repeat(-(-size // _BANK))[:size]).view(shape)
 
     per = (case.P,) if case.P > 1 else ()
     vectors, tokens = (*per, case.C), (case.B, case.T, case.C)
     own = (case.B, case.T, *per, case.C)
-    time_decay = torch.rand(vectors, generator=random) * 6 - 5
+    time_decay = torch.rand(vectors, generator=generator) * 6 - 5
     k_shape = own if case.layout == "own" else tokens
     k, v = (normal(k_shape) for _ in range(2))
     grad_output = normal(own if case.layout == "separate" else tokens)
-    u = torch.randn(vectors, generator=random) / 2
+    u = torch.randn(vectors, generator=generator) / 2
     weights = None
     if case.P > 1 and case.layout != "separate":
-        weights = torch.rand(vectors, generator=random).to(case.device)
+        weights = torch.rand(vectors, generator=generator).to(case.device)
     return Inputs(-time_decay.exp().to(case.device), u.to(case.device), k, v, weights, grad_output)
 
 

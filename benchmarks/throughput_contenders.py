@@ -15,8 +15,9 @@ from torch import Tensor
 from throughput_cases import Case, Inputs
 from throughput_measure import graphed
 from throughput_plain import plain_wkv
-from trwkv.ops import multi_perspective_wkv
+from trwkv.ops import multi_perspective_wkv, recurrent_wkv_
 
+IN_PLACE = "triton, in place"
 COMPILED = "torch-compiled"
 SLOW_TO_START = (COMPILED,)
 """Left out of the quick set: compiled anew for every case, which takes longer than to measure it."""
@@ -61,9 +62,12 @@ def contenders(device: str) -> dict[str, Contender]:
     """All that can run on `device` with what is installed here, by name; the official kernel is `official`."""
     names = ["torch", "triton", "reference"] if device == "cuda" else ["torch", "reference"]
     found = [*(_backend(name) for name in names), _compiled()]
+    if device == "cuda":
+        found.insert(2, in_place("triton"))
     if importlib.util.find_spec("transformers"):
+        # On a GPU transformers builds a kernel of its own; this is the loop that it falls back to.
         loop = peer("transformers", _transformers_loop, _transformers_state, _short_only("transformers"))
-        found.append(replace(loop, module=TRANSFORMERS))
+        found.append(replace(loop, module=TRANSFORMERS, name="transformers" + " (loop)" * (device == "cuda")))
     if device == "cuda" and importlib.util.find_spec("fla"):
         found.append(replace(peer("flash-linear-attention", _fla_recurrent, _fla_state), module=FLA))
     return {contender.name: contender for contender in found}
@@ -91,6 +95,19 @@ def _backend(name: str) -> Contender:
         return torch.zeros(B, 3, *shape, device=device)
 
     return Contender(name, run, fresh_state, refuses=_short_only(name))
+
+
+def in_place(backend: str) -> Contender:
+    """Decoding that changes its state where it is, as a CUDA graph wants it."""
+
+    def run(w, u, k, v, weights, state):
+        return recurrent_wkv_(state, w, u, k, v, weights=weights, backend=backend), state
+
+    return replace(_backend(backend), name=IN_PLACE, run=run, refuses=_decoding_only)
+
+
+def _decoding_only(case: Case) -> str | None:
+    return None if case.decoding else "it is for decoding"
 
 
 def _compiled() -> Contender:
@@ -124,13 +141,25 @@ def peer(
     def run(decay, u, k, v, weights, state):
         if decay.ndim == 1:
             return one(decay, u, k, v, state)
+        if k.ndim == 4 and state is None:  # so many channels of one perspective: no copy, one call
+            y = one(decay.flatten(), u.flatten(), k.flatten(2), v.flatten(2), None)[0].view(k.shape)
+            return y if weights is None else torch.einsum("btpc,pc->btc", y, weights.to(y.dtype)), None
         outputs, states = [], []
-        for p in range(decay.shape[0]):
-            kp, vp = (k, v) if k.ndim == 3 else (k[:, :, p], v[:, :, p])
+        shares = (
+            [k] * len(decay) if k.ndim == 3 else k.unbind(2),
+            [v] * len(decay) if v.ndim == 3 else v.unbind(2),
+        )
+        for p, (kp, vp) in enumerate(zip(*shares, strict=True)):
             y, s = one(decay[p], u[p], kp, vp, None if state is None else state[p])
-            outputs.append(y if weights is None else weights[p].to(y.dtype) * y)
+            outputs.append(y)
             states.append(s)
-        return torch.stack(outputs, 2) if weights is None else sum(outputs), states
+        if weights is None:
+            return torch.stack(outputs, 2), states
+        weights = weights.to(outputs[0].dtype)
+        total = outputs[0] * weights[0]
+        for y, weight in zip(outputs[1:], weights[1:], strict=True):
+            total = torch.addcmul(total, y, weight)
+        return total, states
 
     def fresh_state(B, shape, device):
         *perspectives, C = shape
@@ -156,7 +185,8 @@ def _transformers_state(B, C, device):
 def _fla_recurrent(decay, u, k, v, state):
     """It takes (time_decay, u, k, v, state), all by position, and always returns the state after the last token."""
     fused_recurrent_rwkv4 = importlib.import_module(FLA).fused_recurrent_rwkv4
-    fresh = _fla_state(k.shape[0], k.shape[2], k.device) if state is None else state
+    # In k's dtype: it keeps the states of all tokens in the wider of the two. The results are the same to the bit.
+    fresh = _fla_state(k.shape[0], k.shape[2], k.device).to(k.dtype) if state is None else state
     output, final = fused_recurrent_rwkv4(decay, u, k, v, fresh)
     return output, None if state is None else final
 
@@ -172,9 +202,14 @@ def work(case: Case, contender: Contender, inputs: Inputs) -> Callable[[], dict[
     """The function to time. It returns the results by name: "output", and gradients by the input's name."""
     native = contender.native(inputs)
     if case.decoding:
+        # As layers have them: a token's k and v side by side in memory.
+        tokens = [
+            (k.contiguous(), v.contiguous())
+            for k, v in zip(native.k.split(1, 1), native.v.split(1, 1), strict=True)
+        ]
 
         def decode():
-            return {"output": _decode(contender, native)}
+            return {"output": _decode(contender, native, tokens)}
 
         return graphed(decode) if case.mode == "decode-graph" else decode
     if case.mode == "forward":
@@ -209,10 +244,10 @@ def work(case: Case, contender: Contender, inputs: Inputs) -> Callable[[], dict[
 
 
 @torch.no_grad()
-def _decode(contender: Contender, x: Inputs) -> Tensor:
+def _decode(contender: Contender, x: Inputs, tokens: list[tuple[Tensor, Tensor]]) -> Tensor:
     state = contender.fresh_state(x.k.shape[0], x.w.shape, str(x.k.device))
     outputs = []
-    for t in range(x.k.shape[1]):
-        y, state = contender.run(x.w, x.u, x.k[:, t : t + 1], x.v[:, t : t + 1], x.weights, state)
+    for k, v in tokens:
+        y, state = contender.run(x.w, x.u, k, v, x.weights, state)
         outputs.append(y)
     return torch.cat(outputs, 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-SECONDS = 900.0
+SECONDS = 300.0
 """After which a first call is given up."""
 
 

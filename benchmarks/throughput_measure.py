@@ -13,7 +13,7 @@ MIN_SAMPLES = 5
 MAX_SAMPLES = 200
 PATIENCE = 10.0
 """A row gets at most this many times the seconds asked for, should `MIN_SAMPLES` take longer than they."""
-WARM_UP = 0.025
+WARM_UP = 0.1
 """Seconds of calls before a GPU's first sample, for its clocks to rise."""
 QUEUE = 0.05
 """At most this many seconds of calls are queued while a GPU waits: it takes about a thousand launches."""

@@ -19,7 +19,7 @@ OFFICIAL = "official-cuda"
 MAX_TOKENS = 8192
 """Longest sequence it is built for: a thread of its backward keeps 2 or 3 numbers per token in local memory, and the
 driver sets that aside for every thread that the GPU can hold (18 GB at 8192 tokens on an H200)."""
-_FLAGS = ("--maxrregcount=60", "--use_fast_math", "-O3", "-Xptxas=-O3")
+_FLAGS = ("--maxrregcount=60", "--use_fast_math", "-O3", "-Xptxas=-O3", "--extra-device-vectorization")
 
 
 @dataclass(frozen=True)

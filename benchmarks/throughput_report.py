@@ -7,7 +7,7 @@ from typing import Any
 from throughput_cases import MODES
 from trwkv.report import format_table
 
-OWN = ("triton", "torch")
+OWN = ("triton", "triton, in place", "torch")
 """This library's backends, the faster first."""
 SHOWN_VERSIONS = ("python", "torch", "triton", "transformers")
 

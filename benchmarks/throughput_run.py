@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,17 @@ from throughput_cases import (
     expected,
     make_inputs,
 )
-from throughput_contenders import Contender, contenders, work
+from throughput_contenders import IN_PLACE, Contender, contenders, work
 from throughput_first_call import first_call
 from throughput_measure import Clock, copy_speed, peak_memory, profile, quantiles
 from throughput_official import MAX_TOKENS, OFFICIAL, find_sources, official
+from trwkv.ops._compile import record_launches
+from trwkv.ops._dispatch import gpu_name, tuning_file
+from trwkv.ops._tuning import saved_configs
+from trwkv.ops.precompile import compile_all
 from trwkv.report import environment
 
+OWN_KERNELS = ("triton", IN_PLACE)
 NOT_TIMED = ("wrong", "failed", "skipped", "not_run")
 """Lists of "<contender> (<case>): <why>" in the results. Not run: the time was over."""
 
@@ -50,6 +55,7 @@ class Benchmark:
         self.results = self._start()
         self.rows = self.results["rows"]
         self.done = {_key(row) for row in self.rows}
+        self.given_up = () if options.retry else tuple(self.results["failed"] + self.results["wrong"])
 
     def _start(self) -> dict[str, Any]:
         kept = ("device", "seconds", "max_call_seconds")
@@ -60,23 +66,43 @@ class Benchmark:
             "options": {name: getattr(self.options, name) for name in kept},
             "load_average_before": _load_average(),
             "copy_gb_per_second": self.copy / 1e9,
+            "tuning": self._tuning(),
         }
         if self.options.device == "cuda":
             here["launch_us"] = self.clock.launch_microseconds()
         if self.options.resume and self.options.json.exists():
             earlier = json.loads(self.options.json.read_text())
-            for name in ("commit", "environment", "options"):
-                if earlier[name] != here[name]:
-                    raise SystemExit(
-                        f"--resume: {self.options.json} has another {name}: {earlier[name]}; now {here[name]}"
-                    )
+            for name in ("commit", "environment", "options", "tuning"):
+                before, now = (self._that_matters(name, results.get(name)) for results in (earlier, here))
+                if before != now:
+                    raise SystemExit(f"--resume: {self.options.json} has another {name}: {before}; now {now}")
+            if died_in := earlier.get("running"):
+                earlier["failed"].append(f"{died_in}: the process ended in it")
             continued = {name: here[name] for name in ("date", "load_average_before", "copy_gb_per_second")}
-            return {**earlier, "resumed": [*earlier["resumed"], continued], "not_run": []}
+            resumed = [*earlier["resumed"], continued]
+            return {**earlier, "resumed": resumed, "not_run": [], "running": None}
         lists = {name: [] for name in ("rows", *NOT_TIMED, "first_calls", "resumed")}
-        return {**here, **lists}
+        return {**here, **lists, "running": None}
+
+    def _tuning(self) -> dict[str, Any]:
+        """The configurations that were saved for this GPU; without any, what ships is measured."""
+        device = torch.device(self.options.device)
+        found = saved_configs(tuning_file()).get(gpu_name(device) or "", {})
+        return {entry: asdict(config) for entry, config in found.items()}
+
+    def _that_matters(self, name: str, value: Any) -> Any:
+        """Of results that are to be continued: on a GPU another host, or other versions of the rest, is no matter."""
+        if name == "tuning":
+            return value or {}
+        if name != "environment" or self.options.device != "cuda":
+            return value
+        versions = {package: value["versions"].get(package) for package in ("torch", "triton")}
+        return {"device": value["device"], **versions}
 
     def run(self) -> None:
         chosen = self._contenders()
+        if self.options.device == "cuda" and any(contender.name in OWN_KERNELS for contender in chosen):
+            self._compile(chosen)
         for group in groups(self.options):
             shared = Shared(group)
             for case in group:
@@ -85,6 +111,20 @@ class Benchmark:
         if self.options.first_call:
             self._first_calls(chosen)
         self.write()
+
+    def _compile(self, chosen: list[Contender]) -> None:
+        """Our kernels for all cases, on all cores, instead of one after the other while the GPU waits."""
+        begin = time.monotonic()
+        with record_launches() as launches:
+            for group in groups(self.options):
+                inputs = make_inputs(group[0], random=False)
+                for case in group:
+                    case = replace(case, mode=case.mode.removesuffix("-graph"))
+                    for contender in chosen:
+                        if contender.name in OWN_KERNELS and contender.refuses(case) is None:
+                            work(case, contender, inputs)()
+        count = compile_all(launches, os.cpu_count() or 1)
+        _say(f"{count} kernels compiled in {time.monotonic() - begin:.0f} s")
 
     def _contenders(self) -> list[Contender]:
         present = contenders(self.options.device)
@@ -109,7 +149,9 @@ class Benchmark:
 
     def _turn(self, case: Case, contender: Contender, shared: "Shared") -> None:
         label = f"{contender.name} ({case})"
-        if _key(_identity(case, contender)) in self.done:
+        if _key(_identity(case, contender)) in self.done or any(
+            x.startswith(f"{label}: ") for x in self.given_up
+        ):
             return
         if self.lost or time.monotonic() > self.deadline:
             why = f"the GPU was lost by {self.lost}" if self.lost else "the time was over"
@@ -121,8 +163,13 @@ class Benchmark:
         ):
             self._note("skipped", label, f"{case.P} calls would take about {predicted:.2g} s")
         else:
-            self._try(case, contender, shared, label)
+            self.results["running"] = label
             self.write()
+            try:
+                self._try(case, contender, shared, label)
+            finally:  # nothing is left of it but if the process dies
+                self.results["running"] = None
+                self.write()
 
     def _try(self, case: Case, contender: Contender, shared: "Shared", label: str) -> None:
         """A row, or why there is none: nothing that a contender raises ends the run."""
@@ -163,7 +210,7 @@ class Benchmark:
         samples = [
             ms / steps
             for ms in self.clock.samples(
-                fn, seconds=self.options.seconds, flush=not case.decoding, hide_launch=not case.decoding
+                fn, seconds=self.options.seconds, flush=not case.decoding, hide_launch=case.mode != "decode"
             )
         ]
         p20, median, p80 = quantiles(samples)
@@ -281,8 +328,8 @@ def groups(options: argparse.Namespace) -> Iterator[list[Case]]:
     """The cases asked for, those with the same inputs together. With P = 1 the layouts do not differ."""
     decode = [mode for mode in options.modes if mode.startswith("decode")]
     other = [mode for mode in options.modes if not mode.startswith("decode")]
-    work = [(shape, other) for shape in options.shapes]
-    work += [((B, DECODE_TOKENS, C), decode) for B, C in options.decode]
+    work = [((B, DECODE_TOKENS, C), decode) for B, C in options.decode]
+    work += [(shape, other) for shape in options.shapes]
     for (B, T, C), modes in work:
         for dtype in options.dtypes:
             for P in options.perspectives:
@@ -319,14 +366,15 @@ def _load_average() -> float | None:
 
 
 def commit() -> str:
-    """The commit that ran, marked "-dirty" if what was measured differs from it; "unknown" outside a checkout."""
+    """The commit that ran, marked "-dirty" if what was measured differs from it; "unknown" outside a checkout,
+    unless TRWKV_COMMIT says."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
         folder = Path(__file__).parent.parent
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
 
-    commit = git("rev-parse", "--short=12", "HEAD")
+    commit = os.environ.get("TRWKV_COMMIT") or git("rev-parse", "--short=12", "HEAD")
     changed = git("status", "--porcelain", "--", "trwkv", "benchmarks/*.py")
     return (commit or "unknown") + ("-dirty" if changed else "")
 

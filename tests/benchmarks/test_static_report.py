@@ -9,7 +9,7 @@ import pytest
 import triton
 
 from static_sass import FastPath, fast_paths
-from static_schedule import controls, cycles
+from static_schedule import CLOCK, COPY, LAUNCH, Kernels, Walk, controls, cycles
 
 REPORT = Path(__file__).parents[2] / "benchmarks" / "static_report.py"
 
@@ -50,6 +50,7 @@ def test_what_is_objected_to() -> None:
     """A spill, a loop that was not found, and more instructions than the budget allows."""
     code = """
 import static_report
+from static_plan import LAUNCH, Kernels, Walk, plans
 right = {"kernel": "forward", "P": 1, "dtype": "bfloat16", "sm": 90, "spill_bytes": 0, "loops": 1,
          "instructions_per_element": 30.0, "budget": 32.0,
          "narrowest_load": 4, "narrowest_store": 8, "contiguous_bytes": 4}
@@ -118,3 +119,23 @@ def test_the_schedule_of_a_loop() -> None:
     assert cycles(load, 1, 300) == pytest.approx(301, abs=1)
     assert cycles(load, 3, 300) == pytest.approx(301 / 3, abs=2)
     assert cycles([("MUFU.EX2", encoding(1))] * 10, 8, 300) == pytest.approx(80, abs=1)
+
+
+def test_a_plan_takes_waves_of_programs() -> None:
+    """One warp for each of 528 schedulers, then two, then what is left; or the memory, if that is slower."""
+    cycle = 1 / CLOCK
+    walk = Walk(channels=64, tokens=16, cycles=(160.0, 200.0))
+    assert walk.seconds(528, 1600, 0.0) == pytest.approx(100 * 160 * cycle)
+    assert walk.seconds(529, 1600, 0.0) == pytest.approx(100 * 200 * cycle)
+    assert walk.seconds(1057, 1600, 0.0) == pytest.approx(100 * (200 + 160) * cycle)
+    assert walk.seconds(1, 1600, 1e9) == pytest.approx(64 * 1600 * 1e9 / COPY)
+    plan = Kernels(summary=walk, scan=50.0, results=walk, bytes_per_element=(0.0, 0.0))
+    assert plan.seconds(1, 1600, 64, 1600) == pytest.approx(LAUNCH + 100 * 160 * cycle)
+    divided = 3 * LAUNCH + (2 * 10 * 160 + 10 * 50) * cycle
+    assert plan.seconds(1, 1600, 64, 160) == pytest.approx(divided)
+
+
+@pytest.mark.slow
+def test_what_ships_is_not_far_from_the_best_plan() -> None:
+    code = "from static_plan import *; print(max(row[5] / row[7] for row in plans(1, torch.bfloat16)))"
+    assert 1.0 <= float(report(code=code).stdout) < 1.2

@@ -1,5 +1,6 @@
 """Implementations that are not ours: called as they want to be, with the meaning that they give to arguments."""
 
+import dataclasses
 import functools
 import sys
 import types
@@ -32,12 +33,14 @@ def test_flash_linear_attention_is_called_by_its_signature(dtype, monkeypatch):
 
     def fused_recurrent_rwkv4(w, u, k, v, state):
         """w is the time_decay; all five are needed; the state's new values are rounded to k's dtype."""
-        assert state.shape == (k.shape[0], 3, 1, k.shape[2]) and state.dtype == torch.float32
+        assert state.shape == (k.shape[0], 3, 1, k.shape[2]) and state.dtype in (torch.float32, k.dtype)
+        calls.append(k.shape)
         output, final = rwkv_linear_attention_cpu(
             w, u, k.float(), v.float(), state=state[:, :, 0].unbind(1), return_state=True
         )
         return output.to(k.dtype), torch.stack(final, 1).unsqueeze(2).to(k.dtype).to(state.dtype)
 
+    calls = []
     module = types.ModuleType("fla.ops.rwkv4")
     module.fused_recurrent_rwkv4 = fused_recurrent_rwkv4
     for name in ("fla", "fla.ops"):
@@ -48,7 +51,27 @@ def test_flash_linear_attention_is_called_by_its_signature(dtype, monkeypatch):
     limit = 1e-5 if dtype == torch.float32 else 1e-2
     for mode in ("forward", "backward", "forward+backward", "decode"):
         for layout in LAYOUTS:
+            calls.clear()
             assert largest_error(fla, mode, layout, dtype=dtype) < limit
+            if mode == "forward":  # k and v of their own are channels of one perspective
+                assert calls == ([(2, 20, 3 * 32)] if layout == "own" else [(2, 20, 32)] * 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_decoding_in_place(layout):
+    contender = throughput_contenders.in_place("torch")
+    assert largest_error(contender, "decode", layout) < 1e-5
+    assert contender.refuses(Case("forward", 2, 20, 8, 1, "aggregated", torch.float32, "cpu"))
+
+
+def test_a_decoded_token_is_contiguous():
+    def run(w, u, k, v, weights, state):
+        seen.extend([k.is_contiguous(), v.is_contiguous()])
+        return right.run(w, u, k, v, weights, state)
+
+    seen, right = [], contenders("cpu")["torch"]
+    assert largest_error(dataclasses.replace(right, run=run), "decode", "own") < 1e-5
+    assert seen == [True] * 2 * 20
 
 
 def test_the_compiled_contender_is_compiled_for_every_case_and_differentiable_twice_over(monkeypatch):
@@ -178,4 +201,4 @@ def test_a_folder_that_is_not_the_official_kernels(tmp_path, monkeypatch, capsys
         find_sources(folder, torch.float32)
     options = throughput.parse(["--official-cuda", str(official_folder(folder, WITH_OUTPUT))])
     assert options.backends[-1] == "official-cuda" and options.dtypes == ["bfloat16"]
-    assert options.set == "full" and "decode-graph" in options.modes
+    assert options.set == "main" and "decode-graph" in options.modes

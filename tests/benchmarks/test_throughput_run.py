@@ -1,8 +1,12 @@
 """The benchmark's runs: what crashes, hangs or is killed costs no more than its own row."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,7 +105,7 @@ def test_a_killed_run_goes_on_where_it_was(choose, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(throughput_run, "make_inputs", lambda case: made.append(case) or make_inputs(case))
     calls.clear()
-    assert throughput.main([*arguments, "--resume"]) == 0
+    assert throughput.main([*arguments, "--resume", "--retry"]) == 0
     after = json.loads(path.read_text())
     assert after["rows"][:3] == before["rows"]
     keys = [key(row) for row in after["rows"]]
@@ -119,6 +123,67 @@ def test_a_killed_run_goes_on_where_it_was(choose, tmp_path, monkeypatch):
 
 
 make_inputs = throughput_run.make_inputs
+
+
+def test_what_the_process_died_in_is_not_run_again(choose, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    arguments = [*SMALL, "--perspectives", "1,2", "--json", str(path)]
+    ran = []
+    choose(fake("deadly", lambda: ran.append(path.read_text())), fake("crashing", crash))
+    assert throughput.main(arguments) == 0
+    label = "deadly (forward, 2x20x8, P = 1, aggregated, float32)"
+    left = json.loads(ran[0])  # what a process that dies leaves behind
+    assert left["running"] == label and not left["rows"]
+    finished = json.loads(path.read_text())
+    assert finished["running"] is None and len(finished["rows"]) == 2 and len(finished["failed"]) == 2
+    path.write_text(ran[0])
+    ran.clear()
+    assert throughput.main([*arguments, "--resume"]) == 0
+    resumed = json.loads(path.read_text())
+    assert [row["perspectives"] for row in resumed["rows"]] == [2]
+    assert f"{label}: the process ended in it" in resumed["failed"]
+    assert f"FAILED, not timed: {label}" in capsys.readouterr().err
+    assert throughput.main([*arguments, "--resume", "--retry"]) == 0
+    retried = json.loads(path.read_text())
+    assert len(retried["rows"]) == 2 and len(retried["failed"]) == 2  # those that do crash
+
+
+COMPILE = """
+import sys
+sys.path[:0] = ["benchmarks", "."]
+import throughput, throughput_run
+from throughput_contenders import _backend, contenders, in_place
+from trwkv.ops import _dispatch
+
+_dispatch._require_triton = lambda device, dtype: None
+throughput_run.compile_all = lambda launches, jobs: compiled.extend(launches) or 1
+throughput_run.copy_speed = lambda clock, seconds: 1e10
+compiled = []
+arguments = ["--device", "cpu", "--shapes", "2,20,8", "--modes", "backward,decode", "--perspectives", "1,2"]
+benchmark = throughput_run.Benchmark(throughput.parse(arguments))
+benchmark._compile([_backend("triton"), in_place("triton"), contenders("cpu")["torch"]])
+print(*sorted({launch.name for launch in compiled}), len({launch.specialization() for launch in compiled}))
+"""
+
+
+def test_kernels_are_compiled_before_anything_is_timed():
+    """In a process of its own, where kernels are not interpreted: three for each P, decoding in place is no other."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+    assert done.stdout == "wkv_chunk_bwd_kernel wkv_chunk_fwd_kernel wkv_recurrent_fwd_kernel 6\n", (
+        done.stderr
+    )
+
+
+def test_tuning_belongs_to_the_results(choose, monkeypatch, tmp_path):
+    choose(fake("torch", lambda: None))
+    arguments = [*SMALL, "--perspectives", "1", "--json", str(tmp_path / "results.json")]
+    assert throughput.main(arguments) == 0
+    monkeypatch.setattr(Benchmark, "_tuning", lambda self: {"P = 1, bfloat16": {"fwd_block_c": 32}})
+    with pytest.raises(SystemExit, match="has another tuning"):
+        throughput.main([*arguments, "--resume"])
 
 
 def test_what_the_time_does_not_suffice_for_is_listed(choose, tmp_path, capsys):
