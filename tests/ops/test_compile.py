@@ -91,6 +91,21 @@ for launch in launches:
     print(json.dumps([launch.name, spilled]))
 """
 
+LENGTHS_CODE = """
+import json, sys, torch
+from trwkv.ops._compile import record_launches
+from trwkv.ops.wkv import chunk
+
+w, (B, lengths) = torch.empty(1, 64), json.loads(sys.argv[1])
+with record_launches() as launches:
+    for T in lengths:
+        k = torch.empty(B, T, 64)
+        output, _, saved = chunk.chunk_forward(w, w, k, k, None, None, None, False, save=True)
+        chunk.chunk_backward(output, None, w, w, k, k, None, None, None, False, saved)
+for launch in launches:
+    print(json.dumps(repr((launch.name, launch.specialization()))))
+"""
+
 KERNELS = {
     "wkv_chunk_fwd_kernel",
     "wkv_chunk_scan_kernel",
@@ -148,6 +163,15 @@ def test_compiles_without_spills(arguments: tuple) -> None:
     for name, registers, spilled in compile_all(*arguments):
         allowed = SPILL_BUDGETS.get(arguments[0], 0)
         assert spilled <= allowed, f"{name}: {registers} registers, {spilled} bytes spilled"
+
+
+def test_no_kernel_is_for_one_length_or_batch_size() -> None:
+    """T in one piece takes two, in several six: whether T, rows or chunks are one, or divisible by 16, is no matter."""
+    first, other = (
+        set(map(str, run(LENGTHS_CODE, B, lengths)))
+        for B, lengths in ((1, (17, 64, 256, 257, 1024, 5000)), (16, (1, 300, 9000)))
+    )
+    assert len(first) == 2 + 6 and other == first
 
 
 @pytest.mark.slow
