@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.contracts.support import case_of, everywhere
-from trwkv.testing import CONTRACTS, IMPLEMENTATIONS, Case, Implementation, evaluate, pytorch
+from trwkv.testing import CONTRACTS, HAS_GPU, IMPLEMENTATIONS, Case, Implementation, evaluate, pytorch
 from trwkv.testing.contracts import assert_same
 
 OPTIONS = {
@@ -14,6 +14,9 @@ OPTIONS = {
     "mixed types": {"dtype": torch.bfloat16, "mixed_dtypes": True, "layout": "strided"},
     "no tokens": {"T": 0},
 }
+
+EVERYWHERE = everywhere() if HAS_GPU else everywhere(is_kernel=False)
+"""Kernels, too, but where they are interpreted, which takes too long."""
 
 
 def check_operators(implementation: Implementation, case: Case) -> None:
@@ -66,32 +69,36 @@ def test_exports(implementation: Implementation, options: str) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@everywhere(is_kernel=False)
+@EVERYWHERE
 def test_saved_tensors(implementation: Implementation, options: str) -> None:
     """Activation checkpointing and saved-tensor hooks."""
-    case = case_of(implementation, **OPTIONS[options])
-    pytorch.checkpointed(implementation, case)
-    assert pytorch.hooked(implementation, case) > 0 or not case.tokens
+    case = case_of(implementation, **OPTIONS[options]).to(implementation.device)
+    with implementation.configured():
+        pytorch.checkpointed(implementation, case)
+        assert pytorch.hooked(implementation, case) > 0 or not case.tokens
 
 
 @pytest.mark.parametrize("options", ["rows", "packed, reverse", "mixed types"])
-@everywhere(is_kernel=False)
+@EVERYWHERE
 def test_autocast_changes_nothing(implementation: Implementation, options: str) -> None:
     """It hands the op whatever types it has made; sums and state stay float32."""
-    case = case_of(implementation, **OPTIONS[options])
-    expected = evaluate(implementation.op, case, implementation.run)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = evaluate(implementation.op, case, implementation.run)
-        CONTRACTS["agreement"](implementation, case)
+    case = case_of(implementation, **OPTIONS[options]).to(implementation.device)
+    with implementation.configured():
+        expected = evaluate(implementation.op, case, implementation.run)
+        with torch.autocast(implementation.device, dtype=torch.bfloat16):
+            got = evaluate(implementation.op, case, implementation.run)
+            CONTRACTS["agreement"](implementation, case)
     for name in expected:
         assert got[name].dtype == expected[name].dtype
         assert_same(name, got[name], expected[name])
 
 
 @pytest.mark.parametrize("options", ["rows", "own k, v", "packed, reverse"])
-@everywhere(is_kernel=False)
+@EVERYWHERE
 def test_vmap(implementation: Implementation, options: str) -> None:
-    pytorch.mapped(implementation, case_of(implementation, **OPTIONS[options]), 3)
+    case = case_of(implementation, **OPTIONS[options]).to(implementation.device)
+    with implementation.configured():
+        pytorch.mapped(implementation, case, 3)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
