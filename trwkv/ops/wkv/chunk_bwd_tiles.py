@@ -99,19 +99,25 @@ def store_token_grads(
 
 
 @triton.jit
-def add_to_vectors(
-    ptr, c, decay, dw, bonus, du, dweights,
+def vectors_so_far(ptr, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr):
+    """Gradients of w, u and [P, C] weights at ptr [3, P, C], P numbers of each; registers have no room to keep them."""
+    out = ()
+    for i in tl.static_range(3 * P if WEIGHTS == "channel" else 2 * P):
+        out += (load_row(ptr + i * C, c, C, BLOCK_C, 0.0),)
+    return out
+
+
+@triton.jit
+def store_vectors(
+    ptr, c, so_far, decay, dw, bonus, du, dweights,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's share to the gradients of w, u and [P, C] weights at ptr [3, P, C]; registers have no room."""
+    """A tile's share, added to what `vectors_so_far` loaded."""
     for p in tl.static_range(P):
-        p_dw = ptr + p * C
-        store_row(p_dw, c, tl.fma(decay[p], dw[p], load_row(p_dw, c, C, BLOCK_C, 0.0)), C, BLOCK_C)
-        p_du = ptr + (P + p) * C
-        store_row(p_du, c, tl.fma(bonus[p], du[p], load_row(p_du, c, C, BLOCK_C, 0.0)), C, BLOCK_C)
+        store_row(ptr + p * C, c, tl.fma(decay[p], dw[p], so_far[p]), C, BLOCK_C)
+        store_row(ptr + (P + p) * C, c, tl.fma(bonus[p], du[p], so_far[P + p]), C, BLOCK_C)
         if WEIGHTS == "channel":
-            p_dweights = ptr + (2 * P + p) * C
-            store_row(p_dweights, c, load_row(p_dweights, c, C, BLOCK_C, 0.0) + dweights[p], C, BLOCK_C)
+            store_row(ptr + (2 * P + p) * C, c, so_far[2 * P + p] + dweights[p], C, BLOCK_C)
     tl.debug_barrier()  # other lanes may read than wrote
 
 
@@ -127,6 +133,7 @@ def fast_tile_bwd(
     The adjoint is joint: O[0] is its exponent.
     """
     W, U, tile_W, tile_W_low, _, _ = fast
+    EARLY: tl.constexpr = min(3, BLOCK_T - 1)
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
     WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C // GROUPS
     # All at once: after the store of a gradient the compiler moves no load before it.
@@ -160,6 +167,16 @@ def fast_tile_bwd(
                 A_rows += (tl.fma(A_rows[j * P + p], W[p], ev),)
                 B_rows += (tl.fma(B_rows[j * P + p], W[p], e_rows[j]),)
     for j in tl.static_range(BLOCK_T - 1, -1, -1):
+        if (
+            j == EARLY
+        ):  # before the last tokens' stores, which no load may pass, and when their states' registers are free
+            tile_decay = ()
+            tile_decay_low = ()
+            for p in tl.static_range(P):
+                tile_decay += (taken(tile_W[p]),)
+                tile_decay_low += (taken(tile_W_low[p]),)
+            if GRADS:
+                so_far = vectors_so_far(grad_vectors, c, C, P, BLOCK_C, WEIGHTS)
         e = e_rows[j]
         j_v = widen(v_rows[j], PAIRED)
         ev = e * j_v
@@ -212,10 +229,8 @@ def fast_tile_bwd(
     a_rest = ()
     b_rest = ()
     for p in tl.static_range(P):
-        decay = taken(tile_W[p])
-        decay_low = taken(tile_W_low[p])
-        p_a, p_a_rest = carry(a_end[p], joined[p], decay, decay_low)
-        p_b, p_b_rest = carry(b_end[p], joined[P + p], decay, decay_low)
+        p_a, p_a_rest = carry(a_end[p], joined[p], tile_decay[p], tile_decay_low[p])
+        p_b, p_b_rest = carry(b_end[p], joined[P + p], tile_decay[p], tile_decay_low[p])
         a_begin += (p_a,)
         b_begin += (p_b,)
         if p == 0:
@@ -225,7 +240,7 @@ def fast_tile_bwd(
         a_rest += (p_a_rest,)
         b_rest += (p_b_rest,)
     if GRADS:
-        add_to_vectors(grad_vectors, c, W, dw, U, du, dweights, C, P, BLOCK_C, WEIGHTS)
+        store_vectors(grad_vectors, c, so_far, W, dw, U, du, dweights, C, P, BLOCK_C, WEIGHTS)
     return a_begin, b_begin, O_begin, a_rest + b_rest
 
 
@@ -332,7 +347,8 @@ def exact_tile_bwd(
                 e, i_v, from_num, from_den, g, rows_y, C, P, BLOCK_C, WEIGHTS,
             )  # fmt: skip
     if GRADS:
-        add_to_vectors(grad_vectors, c, decay, dw, bonus, du, dweights, C, P, BLOCK_C, WEIGHTS)
+        so_far = vectors_so_far(grad_vectors, c, C, P, BLOCK_C, WEIGHTS)
+        store_vectors(grad_vectors, c, so_far, decay, dw, bonus, du, dweights, C, P, BLOCK_C, WEIGHTS)
     if steps == BLOCK_T:
         a_begin = ()
         b_begin = ()
