@@ -25,6 +25,7 @@ from trwkv.ops.wkv.kernel_math import (
     exp_near,
     exponent_above,
     fast_vectors,
+    load_decay,
     load_row,
     load_triple,
     load_user_state,
@@ -123,7 +124,7 @@ def wkv_chunk_fwd_kernel(
     if OUTPUT == "states":
         for t0 in range(begin, end, BLOCK_T):
             A, B, O, rest = exact_tile(
-                A, B, O, rest, vectors, k, v, weights, None, sums, plane, row0 + t0 * STEP,
+                A, B, O, rest, vectors, w, k, v, weights, None, sums, plane, row0 + t0 * STEP,
                 tl.minimum(BLOCK_T, end - t0), c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, False, PTX,
             )  # fmt: skip
@@ -184,7 +185,7 @@ def walk_tile(
             # Anew: the fast path has no registers left for them.
             vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
             A, B, O, rest = exact_tile(
-                A, B, O, rest, vectors, k, v, weights, None, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
+                A, B, O, rest, vectors, w, k, v, weights, None, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
                 C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, False, PTX,
             )  # fmt: skip
         A, B, O, rest, bound, is_joint = join(A, B, O, rest, P)
@@ -267,7 +268,7 @@ def fast_tile(
 
 @triton.jit
 def exact_tile(
-    A, B, O, rest, vectors, k, v, weights, receptance, output, plane, row, steps, c,
+    A, B, O, rest, vectors, w, k, v, weights, receptance, output, plane, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, OUTPUT: tl.constexpr,
     GATED: tl.constexpr, PTX: tl.constexpr,
@@ -317,7 +318,10 @@ def exact_tile(
             store_output(
                 output, so_far[0], i_row, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP
             )
-    if steps == BLOCK_T:
+    if OUTPUT != "none":
+        if steps < BLOCK_T:  # the last tile: calls of few tokens each would all err alike by the decays' rounding
+            tile_decay, tile_decay_low, tile_exponent = load_decay(w, c, steps.to(tl.float64), C, P, BLOCK_C)
+    if OUTPUT != "none" or steps == BLOCK_T:
         A_end = ()
         B_end = ()
         O_end = ()

@@ -51,7 +51,7 @@ def wkv_recurrent_fwd_kernel(
     rest = zeros(2 * P, BLOCK_C)
     for t in range(length):
         A, B, O, rest = exact_tile(
-            A, B, O, rest, vectors, k, v, weights, receptance, (output, None), 0, row0 + t * STEP, 1, c,
+            A, B, O, rest, vectors, w, k, v, weights, receptance, (output, None), 0, row0 + t * STEP, 1, c,
             C, P, BLOCK_C, 1, STEP, WEIGHTS, 1, "only", "y", GATED, PTX,
         )  # fmt: skip
     store_user_state(final_state + i_s * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
