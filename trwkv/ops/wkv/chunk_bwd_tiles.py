@@ -12,6 +12,7 @@ from trwkv.ops.wkv.kernel_math import (
     exact_output,
     exact_update,
     exp_near,
+    load_decay,
     load_row,
     load_triple,
     load_vectors,
@@ -297,7 +298,7 @@ def exact_token_bwd(
 
 @triton.jit
 def exact_tile_bwd(
-    a, b, O, rest, p_entered, vectors, k, v, weights, grad_output,
+    a, b, O, rest, p_entered, vectors, w, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, grad_vectors, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GRADS: tl.constexpr, PTX: tl.constexpr,
@@ -349,23 +350,21 @@ def exact_tile_bwd(
     if GRADS:
         so_far = vectors_so_far(grad_vectors, c, C, P, BLOCK_C, WEIGHTS)
         store_vectors(grad_vectors, c, so_far, decay, dw, bonus, du, dweights, C, P, BLOCK_C, WEIGHTS)
-    if steps == BLOCK_T:
-        a_begin = ()
-        b_begin = ()
-        a_rest = ()
-        b_rest = ()
-        for p in tl.static_range(P):
-            scale = pow2(O[p] + tile_exponent[p] - O_end[p])
-            p_a, p_a_rest = carry(a_end[p] * scale, joined[p], tile_decay[p], tile_decay_low[p])
-            p_b, p_b_rest = carry(b_end[p] * scale, joined[P + p], tile_decay[p], tile_decay_low[p])
-            a_begin += (p_a,)
-            b_begin += (p_b,)
-            a_rest += (p_a_rest,)
-            b_rest += (p_b_rest,)
-        a = a_begin
-        b = b_begin
-        rest = a_rest + b_rest
-    return a, b, O, rest
+    if steps < BLOCK_T:
+        tile_decay, tile_decay_low, tile_exponent = load_decay(w, c, steps.to(tl.float64), C, P, BLOCK_C)
+    a_begin = ()
+    b_begin = ()
+    a_rest = ()
+    b_rest = ()
+    for p in tl.static_range(P):
+        scale = pow2(O[p] + tile_exponent[p] - O_end[p])
+        p_a, p_a_rest = carry(a_end[p] * scale, joined[p], tile_decay[p], tile_decay_low[p])
+        p_b, p_b_rest = carry(b_end[p] * scale, joined[P + p], tile_decay[p], tile_decay_low[p])
+        a_begin += (p_a,)
+        b_begin += (p_b,)
+        a_rest += (p_a_rest,)
+        b_rest += (p_b_rest,)
+    return a_begin, b_begin, O, a_rest + b_rest
 
 
 @triton.jit
@@ -394,7 +393,7 @@ def walk_tile_back(
         vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
         O = exponents(O, is_joint, P)
         a, b, O, rest = exact_tile_bwd(
-            a, b, O, rest, p_entered, vectors, k, v, weights, grad_output,
+            a, b, O, rest, p_entered, vectors, w, k, v, weights, grad_output,
             grad_k, grad_v, grad_weights, grad_vectors, row, tl.minimum(BLOCK_T, end - t0), c,
             C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GRADS, PTX,
         )  # fmt: skip
