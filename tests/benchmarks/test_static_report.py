@@ -50,7 +50,6 @@ def test_what_is_objected_to() -> None:
     """A spill, a loop that was not found, and more instructions than the budget allows."""
     code = """
 import static_report
-from static_plan import LAUNCH, Kernels, Walk, plans
 right = {"kernel": "forward", "P": 1, "dtype": "bfloat16", "sm": 90, "spill_bytes": 0, "loops": 1,
          "instructions_per_element": 30.0, "budget": 32.0,
          "narrowest_load": 4, "narrowest_store": 8, "contiguous_bytes": 4}

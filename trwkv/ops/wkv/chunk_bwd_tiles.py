@@ -168,9 +168,8 @@ def fast_tile_bwd(
                 A_rows += (tl.fma(A_rows[j * P + p], W[p], ev),)
                 B_rows += (tl.fma(B_rows[j * P + p], W[p], e_rows[j]),)
     for j in tl.static_range(BLOCK_T - 1, -1, -1):
-        if (
-            j == EARLY
-        ):  # before the last tokens' stores, which no load may pass, and when their states' registers are free
+        # Before the last tokens' stores, which no load may pass, and when registers of earlier states are free.
+        if j == EARLY:
             tile_decay = ()
             tile_decay_low = ()
             for p in tl.static_range(P):
