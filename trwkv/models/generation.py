@@ -69,11 +69,8 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
                 f"{input_ids.shape[1]}"
             )
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore
-        for name in (
-            "cache_position",
-            "position_ids",
-        ):  # transformers 5.0 counts for everyone; an assistant's target
-            inputs.pop(name, None)
+        inputs.pop("cache_position", None)  # transformers 5.0 counts for everyone
+        inputs.pop("position_ids", None)  # from a target that this model drafts for
         return inputs
 
     def _get_initial_cache_position(

@@ -32,12 +32,12 @@ def token_mask(
     past, mask = attention_mask.bool().split([shape[1] - n_tokens, n_tokens], dim=1)
     if torch.compiler.is_compiling():
         return mask
-    if cache is not None and past.shape[1] == cache.get_seq_length():
-        got, seen = past.sum(dim=1).tolist(), cache.tokens_seen
-        if seen is not None and got != seen.tolist():
+    if cache is not None and cache.tokens_seen is not None and past.shape[1] == cache.get_seq_length():
+        got, seen = past.sum(dim=1).tolist(), cache.tokens_seen.tolist()
+        if got != seen:
             raise ValueError(
                 f"attention_mask: expected as many tokens in each row before the last {n_tokens} places as the cache "
-                f"has seen, {seen.tolist()}; got {got}"
+                f"has seen, {seen}; got {got}"
             )
     if bool(mask.all()):
         return None

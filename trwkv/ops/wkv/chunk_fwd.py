@@ -319,9 +319,8 @@ def exact_tile(
                 output, so_far[0], i_row, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP
             )
     if OUTPUT != "none":
-        if (
-            steps < BLOCK_T
-        ):  # the last tile: calls of few tokens each would all err alike by the decays' rounding
+        # The last tile: calls of few tokens each would all err alike, by the rounding of decays.
+        if steps < BLOCK_T:
             tile_decay, tile_decay_low, tile_exponent = load_decay(w, c, steps.to(tl.float64), C, P, BLOCK_C)
     if OUTPUT != "none" or steps == BLOCK_T:
         A_end = ()

@@ -21,6 +21,19 @@ from trwkv.ops.wkv.kernel_rows import first_slot, locate_sequence
 
 
 @triton.jit
+def locate_chunks(
+    cu_seqlens, T, chunk_len, n_chunks, LANES: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr
+):
+    """This program's lanes and sequence (int64), the slot of that's first chunk, and how many chunks it has."""
+    n_blocks: tl.constexpr = (LANES + BLOCK - 1) // BLOCK
+    lane = (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)
+    i_s = (tl.program_id(0) // n_blocks).to(tl.int64)
+    first, length = locate_sequence(cu_seqlens, i_s, T, VARLEN)
+    slot0 = first_slot(i_s, first, chunk_len, n_chunks, VARLEN, 1)
+    return lane, i_s, slot0, (length + chunk_len - 1) // chunk_len
+
+
+@triton.jit
 def load_chunks(ptr, lane, missing, STRIDE: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr):
     """AHEAD triples [3, LANES] of successive chunks, one after the other; zeros from the first `missing` one on."""
     out = ()
@@ -54,12 +67,8 @@ def wkv_chunk_scan_kernel(
     VARLEN: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
 ):
-    n_blocks: tl.constexpr = (LANES + BLOCK - 1) // BLOCK
-    lane = (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)
-    i_s = (tl.program_id(0) // n_blocks).to(tl.int64)
-    first, length = locate_sequence(cu_seqlens, i_s, T, VARLEN)
-    n = (length + chunk_len - 1) // chunk_len
-    p_chunk = chunks + first_slot(i_s, first, chunk_len, n_chunks, VARLEN, 1) * (3 * LANES)
+    lane, i_s, slot0, n = locate_chunks(cu_seqlens, T, chunk_len, n_chunks, LANES, BLOCK, VARLEN)
+    p_chunk = chunks + slot0 * (3 * LANES)
     coming = load_chunks(p_chunk, lane, n - 1, 3 * LANES, AHEAD, LANES)
     A, B, O = empty_state(1, BLOCK)
     if HAS_INITIAL:
@@ -101,14 +110,9 @@ def wkv_chunk_bwd_scan_kernel(
     AHEAD: tl.constexpr,
     VARLEN: tl.constexpr,
 ):
-    n_blocks: tl.constexpr = (LANES + BLOCK - 1) // BLOCK
-    lane = (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)
-    i_s = (tl.program_id(0) // n_blocks).to(tl.int64)
-    first, length = locate_sequence(cu_seqlens, i_s, T, VARLEN)
-    n = (length + chunk_len - 1) // chunk_len
+    lane, _, slot0, n = locate_chunks(cu_seqlens, T, chunk_len, n_chunks, LANES, BLOCK, VARLEN)
     if n <= 2:  # the last chunk has its adjoint, the first finds its own
         return
-    slot0 = first_slot(i_s, first, chunk_len, n_chunks, VARLEN, 1)
     p_chunk = adjoints + (slot0 + n - 1) * (3 * LANES)
     a, b, O = load_triple(p_chunk, lane, LANES, 1, BLOCK)
     a, b, O = a[0], b[0], O[0]
