@@ -62,7 +62,7 @@ def kernels(P: int, dtype: torch.dtype) -> dict[str, Kernels]:
         "forward": (config.fwd_block_c, config.fwd_block_t),
         "backward": (config.bwd_block_c, config.bwd_block_t),
     }
-    traffic = {"forward": (2 * size, 3 * size + state), "backward": (3 * size + state, 5 * size + state)}
+    traffic = {"forward": (2 * size, 3 * size + state), "backward": (3 * size, 5 * size + state)}
     return {
         name: Kernels(
             walk(first, *blocks[name]), scan(between), walk(last, *blocks[name]), traffic[name]

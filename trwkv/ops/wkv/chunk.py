@@ -17,6 +17,7 @@ from trwkv.ops._dispatch import (
     multiprocessors,
 )
 from trwkv.ops._tuning import SEGMENT, Config, chunk_length, config_for
+from trwkv.ops.wkv.chunk_adjoint import wkv_chunk_adjoint_kernel
 from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel
 from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel
 from trwkv.ops.wkv.chunk_scan import wkv_chunk_bwd_scan_kernel, wkv_chunk_scan_kernel
@@ -132,15 +133,18 @@ def _plan(config: Config, call: KernelCall, kernel: str) -> _Plan:
     )
 
 
-def _paired(call: KernelCall, block_c: int) -> str | None:
-    """The dtype of k and v if they may be read as int32, two numbers each: every lane has two channels side by side."""
+def _paired(call: KernelCall, block_c: int, *others: Tensor) -> str | None:
+    """The dtype of k, v and others if they may be read as int32, two numbers each: every lane has two channels side by
+    side.
+    """
+    tensors = (call.k, call.v, *others)
     is_paired = (
-        call.k.dtype == call.v.dtype
+        len({x.dtype for x in tensors}) == 1
         and call.k.dtype.itemsize == 2
         and block_c >= 2 * lanes_of_a_warp(call.k.device)
         and call.sizes[3] % 2 == 0
         and has_packed_instructions(call.k.device)
-        and call.k.data_ptr() % 4 == call.v.data_ptr() % 4 == 0
+        and all(x.data_ptr() % 4 == 0 for x in tensors)
     )
     return str(call.k.dtype).removeprefix("torch.") if is_paired else None
 
@@ -285,26 +289,28 @@ def _launch_backward(
     if is_packed:
         vectors.zero_()  # programs without a chunk write none
     scratch = floats(plan.n_blocks * plan.programs, 3 * P * (SEGMENT // block_t + 1) + 1, plan.block_c)
-
-    def walk(is_grads: bool) -> None:
-        wkv_chunk_bwd_kernel[(plan.n_blocks * plan.programs,)](
-            call.w, call.u, call.k, call.v, call.weights, call.cu_seqlens, grad_output, grad_final_state, states,
-            adjoints, scratch, grad_k, grad_v, grad_weights, vectors,
-            B * T, T, plan.chunk_len, plan.n_chunks, N, _segments(T) + 1,
-            C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=block_t, SEGMENT=SEGMENT, WEIGHTS=call.weights_kind,
-            GROUPS=call.groups, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
-            HAS_FINAL=grad_final_state is not None, GRADS=is_grads,
-            PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), **LAUNCH_OPTIONS,
-        )  # fmt: skip
-
+    inputs = (call.w, call.u, call.k, call.v, call.weights, call.cu_seqlens)
+    inputs += (grad_output, grad_final_state, states, adjoints, scratch)
+    sizes = (T, plan.chunk_len, plan.n_chunks, N, _segments(T) + 1)
+    options: dict[str, Any] = dict(
+        C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=block_t, SEGMENT=SEGMENT, WEIGHTS=call.weights_kind,
+        GROUPS=call.groups, VARLEN=is_packed, REVERSE=call.reverse, HAS_FINAL=grad_final_state is not None,
+        PTX=is_inline_ptx_available(), **LAUNCH_OPTIONS,
+    )  # fmt: skip
+    grid = (plan.n_blocks * plan.programs,)
     with device_guard(device):
         if not plan.is_single:
-            walk(is_grads=False)
+            wkv_chunk_adjoint_kernel[grid](
+                *inputs, *sizes, PAIRED=_paired(call, plan.block_c, grad_output), **options
+            )
             scan = _scan_sizes(call)
             wkv_chunk_bwd_scan_kernel[(triton.cdiv(P * C, scan["BLOCK"]) * N,)](
                 call.w, call.cu_seqlens, adjoints, T, plan.chunk_len, plan.n_chunks, **scan, **LAUNCH_OPTIONS,
             )  # fmt: skip
-        walk(is_grads=True)
+        wkv_chunk_bwd_kernel[grid](
+            *inputs, grad_k, grad_v, grad_weights, vectors, B * T, *sizes,
+            SINGLE=plan.is_single, PAIRED=_paired(call, plan.block_c), **options,
+        )  # fmt: skip
     return _Gradients(
         grad_k,
         grad_v,

@@ -3,9 +3,9 @@
 Adjoints are (a, b, O): the derivatives by the true sums are a * 2^-O and b * 2^-O, where O is the exponent of the
 forward state at the same position. There a and b are bounded by the sum of |grad| over the tokens that follow.
 
-1. `wkv_chunk_bwd_kernel` with GRADS=False: what each chunk's outputs add to the adjoint at its start.
+1. `wkv_chunk_adjoint_kernel` (chunk_adjoint.py): what each chunk's outputs add to the adjoint at its start.
 2. `wkv_chunk_bwd_scan_kernel` (chunk_scan.py): the adjoint at the start of each chunk.
-3. `wkv_chunk_bwd_kernel` with GRADS=True: the gradients. With a single chunk it is the only one that runs.
+3. `wkv_chunk_bwd_kernel`: the gradients. With a single chunk it is the only one that runs.
 """
 
 import triton
@@ -65,7 +65,7 @@ def wkv_chunk_bwd_kernel(
     grad_output,  # [rows, P, C] or [rows, C / GROUPS]
     grad_final_state,  # [N, 3, P, C]
     states,  # [slots, 3, P, C]: before every segment, and after the last; see kernel_rows
-    adjoints,  # [programs along T, 3, P, C]: at the start of each chunk, of the first with GRADS only
+    adjoints,  # [programs along T, 3, P, C]: at the start of each chunk, that of the first is an output
     scratch,  # [programs, SEGMENT / BLOCK_T, 3, P, BLOCK_C] and, after each program's, [3 P + 1, BLOCK_C]
     grad_k,  # [rows, C]
     grad_v,  # [rows, C]
@@ -88,7 +88,6 @@ def wkv_chunk_bwd_kernel(
     REVERSE: tl.constexpr,
     SINGLE: tl.constexpr,
     HAS_FINAL: tl.constexpr,
-    GRADS: tl.constexpr,
     PAIRED: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -112,9 +111,6 @@ def wkv_chunk_bwd_kernel(
     if VARLEN:
         if begin >= length:  # of an empty sequence, or no chunk at all
             return
-    if not GRADS:
-        if i_n == 0:  # what the first chunk adds is found with its gradients
-            return
     p_states = states + first_slot(i_s, first, SEGMENT, slots, VARLEN, 2) * (3 * P * C)
     p_adjoint = adjoints + index.to(tl.int64) * (3 * P * C)
     p_scratch = scratch + tl.program_id(0).to(tl.int64) * ((3 * P * (tiles + 1) + 1) * BLOCK_C)
@@ -136,17 +132,14 @@ def wkv_chunk_bwd_kernel(
     p_end = p_states + ((end + SEGMENT - 1) // SEGMENT).to(tl.int64) * (3 * P * C)
     if end == length:
         a, b, O = load_last_adjoint(p_end, p_final, c, C, P, BLOCK_C, HAS_FINAL)
-    elif GRADS:
-        a, b, O = load_triple(p_adjoint + 3 * P * C, c, C, P, BLOCK_C)
     else:
-        a, b, O = load_last_adjoint(p_end, p_final, c, C, P, BLOCK_C, False)
+        a, b, O = load_triple(p_adjoint + 3 * P * C, c, C, P, BLOCK_C)
     is_joint = begin > end
     rest = zeros(2 * P, BLOCK_C)
     p_vectors = grad_vectors + index.to(tl.int64) * (3 * P * C)
-    if GRADS:
-        none = zeros(P, BLOCK_C)
-        store_triple(p_vectors, c, none, none, none, C, P, BLOCK_C)
-        tl.debug_barrier()
+    none = zeros(P, BLOCK_C)
+    store_triple(p_vectors, c, none, none, none, C, P, BLOCK_C)
+    tl.debug_barrier()
 
     source = tile_source(k, v, c0, c, BLOCK_C, PAIRED)
     n_segments = (end - begin + SEGMENT - 1) // SEGMENT
@@ -189,11 +182,11 @@ def wkv_chunk_bwd_kernel(
                 a, b, O, rest, is_joint, is_fast,
                 p_scratch + at * (3 * P * BLOCK_C), fast, source, w, u, k, v, weights, grad_output,
                 grad_k, grad_v, grad_weights, p_vectors, row0, segment + at * BLOCK_T, stop, c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GRADS, PAIRED, PTX,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, PAIRED, PTX,
             )  # fmt: skip
             is_joint = is_fast
         tl.debug_barrier()
 
     O = exponents(O, is_joint, P)
-    if not GRADS or i_n == 0:
+    if i_n == 0:
         store_triple(p_adjoint, c, a, b, O, C, P, BLOCK_C)

@@ -127,7 +127,7 @@ def fast_tile_bwd(
     a, b, O, rest, A, B, top, k_rows, v_rows, fast, weights, grad_output,
     grad_k, grad_v, grad_weights, grad_vectors, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Recomputes the tile's states with the forward's arithmetic, keeps them in registers and walks back.
 
@@ -175,8 +175,7 @@ def fast_tile_bwd(
             for p in tl.static_range(P):
                 tile_decay += (taken(tile_W[p]),)
                 tile_decay_low += (taken(tile_W_low[p]),)
-            if GRADS:
-                so_far = vectors_so_far(grad_vectors, c, C, P, BLOCK_C, WEIGHTS)
+            so_far = vectors_so_far(grad_vectors, c, C, P, BLOCK_C, WEIGHTS)
         e = e_rows[j]
         j_v = widen(v_rows[j], PAIRED)
         ev = e * j_v
@@ -196,17 +195,16 @@ def fast_tile_bwd(
             y += (tl.fma(U[p], ev, j_A) * inverse,)
             grad_num = grad_y[p] * inverse
             grad_den = negative(grad_num) * y[p]
-            if GRADS:
-                if p == 0:
-                    from_num = tl.fma(U[p], grad_num, a[p])
-                    from_den = tl.fma(U[p], grad_den, b[p])
-                else:
-                    from_num += tl.fma(U[p], grad_num, a[p])
-                    from_den += tl.fma(U[p], grad_den, b[p])
-                du_next += (tl.fma(ev, grad_num, tl.fma(e, grad_den, du[p])),)
-                dw_next += (tl.fma(a[p], j_A, tl.fma(b[p], j_B, dw[p])),)
-                if WEIGHTS == "channel":
-                    dweights_next += (tl.fma(g, y[p], dweights[p]),)
+            if p == 0:
+                from_num = tl.fma(U[p], grad_num, a[p])
+                from_den = tl.fma(U[p], grad_den, b[p])
+            else:
+                from_num += tl.fma(U[p], grad_num, a[p])
+                from_den += tl.fma(U[p], grad_den, b[p])
+            du_next += (tl.fma(ev, grad_num, tl.fma(e, grad_den, du[p])),)
+            dw_next += (tl.fma(a[p], j_A, tl.fma(b[p], j_B, dw[p])),)
+            if WEIGHTS == "channel":
+                dweights_next += (tl.fma(g, y[p], dweights[p]),)
             a_next += (tl.fma(W[p], a[p], grad_num),)
             b_next += (tl.fma(W[p], b[p], grad_den),)
             a_joined += (tl.fma(W[p], joined[p], grad_num),)
@@ -214,15 +212,14 @@ def fast_tile_bwd(
         a = a_next
         b = b_next
         joined = a_joined + b_joined
-        if GRADS:
-            du = du_next
-            dw = dw_next
-            if WEIGHTS == "channel":
-                dweights = dweights_next
-            store_token_grads(
-                p_grad_k + j * STEP * C, p_grad_v + j * STEP * C, grad_weights, row + j * STEP, c, e, j_v,
-                from_num, from_den, g, y, C, P, BLOCK_C, WEIGHTS,
-            )  # fmt: skip
+        du = du_next
+        dw = dw_next
+        if WEIGHTS == "channel":
+            dweights = dweights_next
+        store_token_grads(
+            p_grad_k + j * STEP * C, p_grad_v + j * STEP * C, grad_weights, row + j * STEP, c, e, j_v,
+            from_num, from_den, g, y, C, P, BLOCK_C, WEIGHTS,
+        )  # fmt: skip
     a_begin = ()
     b_begin = ()
     O_begin = ()
@@ -239,8 +236,7 @@ def fast_tile_bwd(
             O_begin += (O[p],)
         a_rest += (p_a_rest,)
         b_rest += (p_b_rest,)
-    if GRADS:
-        store_vectors(grad_vectors, c, so_far, W, dw, U, du, dweights, C, P, BLOCK_C, WEIGHTS)
+    store_vectors(grad_vectors, c, so_far, W, dw, U, du, dweights, C, P, BLOCK_C, WEIGHTS)
     return a_begin, b_begin, O_begin, a_rest + b_rest
 
 
@@ -300,7 +296,7 @@ def exact_tile_bwd(
     a, b, O, rest, p_entered, vectors, w, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, grad_vectors, row, steps, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GRADS: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Any data, up to BLOCK_T tokens: before each token the state is computed anew from the tile's start."""
     decay, decay_exponent, tile_decay, tile_decay_low, tile_exponent, bonus, bonus_exponent = vectors
@@ -341,14 +337,12 @@ def exact_tile_bwd(
             a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
             decay, decay_exponent, bonus, bonus_exponent, P, PTX,
         )  # fmt: skip
-        if GRADS:
-            store_token_grads(
-                grad_k + (row + at * STEP) * C, grad_v + (row + at * STEP) * C, grad_weights, row + at * STEP, c,
-                e, i_v, from_num, from_den, g, rows_y, C, P, BLOCK_C, WEIGHTS,
-            )  # fmt: skip
-    if GRADS:
-        so_far = vectors_so_far(grad_vectors, c, C, P, BLOCK_C, WEIGHTS)
-        store_vectors(grad_vectors, c, so_far, decay, dw, bonus, du, dweights, C, P, BLOCK_C, WEIGHTS)
+        store_token_grads(
+            grad_k + (row + at * STEP) * C, grad_v + (row + at * STEP) * C, grad_weights, row + at * STEP, c,
+            e, i_v, from_num, from_den, g, rows_y, C, P, BLOCK_C, WEIGHTS,
+        )  # fmt: skip
+    so_far = vectors_so_far(grad_vectors, c, C, P, BLOCK_C, WEIGHTS)
+    store_vectors(grad_vectors, c, so_far, decay, dw, bonus, du, dweights, C, P, BLOCK_C, WEIGHTS)
     if steps < BLOCK_T:
         tile_decay, tile_decay_low, tile_exponent = load_decay(w, c, steps.to(tl.float64), C, P, BLOCK_C)
     a_begin = ()
@@ -371,7 +365,7 @@ def walk_tile_back(
     a, b, O, rest, is_joint, is_fast, p_entered, fast, source, w, u, k, v, weights, grad_output,
     grad_k, grad_v, grad_weights, grad_vectors, row0, t0, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GRADS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Adjoint before token t0 from that after the tile; p_entered: where `store_entered` put the tile's first state."""
     row = row0 + t0 * STEP
@@ -385,7 +379,7 @@ def walk_tile_back(
         a, b, O, rest = fast_tile_bwd(
             a, b, O, rest, A, B, top, k_rows, v_rows, fast, weights, grad_output,
             grad_k, grad_v, grad_weights, grad_vectors, row, c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GRADS, PAIRED, PTX,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, PAIRED, PTX,
         )  # fmt: skip
     else:
         # Anew: the fast path has no registers left for them.
@@ -394,7 +388,7 @@ def walk_tile_back(
         a, b, O, rest = exact_tile_bwd(
             a, b, O, rest, p_entered, vectors, w, k, v, weights, grad_output,
             grad_k, grad_v, grad_weights, grad_vectors, row, tl.minimum(BLOCK_T, end - t0), c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GRADS, PTX,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, PTX,
         )  # fmt: skip
     return a, b, O, rest
 

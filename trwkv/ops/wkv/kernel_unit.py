@@ -31,17 +31,16 @@ def exponents(O, is_joint, P: tl.constexpr):
 
 @triton.jit
 def scaled(A, B, rest, scale, P: tl.constexpr):
-    """A state or an adjoint and its rest, times a factor for each perspective."""
+    """A state or an adjoint and its rest, which has P numbers of each kind, times a factor for each perspective."""
     A_out = ()
     B_out = ()
-    A_rest = ()
-    B_rest = ()
+    rest_out = ()
     for p in tl.static_range(P):
         A_out += (A[p] * scale[p],)
         B_out += (B[p] * scale[p],)
-        A_rest += (rest[p] * scale[p],)
-        B_rest += (rest[P + p] * scale[p],)
-    return A_out, B_out, A_rest + B_rest
+    for i in tl.static_range(len(rest)):
+        rest_out += (rest[i] * scale[i % P],)
+    return A_out, B_out, rest_out
 
 
 @triton.jit
@@ -105,18 +104,16 @@ def enter_tile(
         A_in = ()
         B_in = ()
         O_in = ()
-        A_rest = ()
-        B_rest = ()
+        rest_in = ()
         for p in tl.static_range(P):
             A_in += (A[p] * scale,)
             B_in += (B[p] * scale,)
-            A_rest += (rest[p] * scale,)
-            B_rest += (rest[P + p] * scale,)
             if p == 0:
                 O_in += (top,)
             else:
                 O_in += (O[p],)
-        rest_in = A_rest + B_rest
+        for i in tl.static_range(len(rest)):
+            rest_in += (rest[i] * scale,)
     else:
         A_in, B_in, O_in, rest_in = split(A, B, O, rest, is_joint, P)
     return A_in, B_in, O_in, rest_in, is_fast
