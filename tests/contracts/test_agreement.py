@@ -28,6 +28,14 @@ def test_across_chunks_of_packed_sequences(name: str) -> None:
     CONTRACTS["agreement"](implementation, case)
 
 
+def test_across_chunks_in_wide_blocks() -> None:
+    """Where registers would be short the adjoints' walk keeps what a tile takes once in memory."""
+    implementation = IMPLEMENTATIONS["wkv/triton-chunk"]
+    case = case_of(implementation, B=1, T=75, P=3, C=64, k_range=40.0, weights="PC")
+    with implementation.configured(SMALL | {"bwd_block_c": 64}):
+        implementation.check(case.to(implementation.device), truth_of(implementation.op, case))
+
+
 def test_the_states_kept_for_the_backward() -> None:
     """One chunk of three segments: the state before each, with an exponent for each perspective again."""
     implementation = IMPLEMENTATIONS["wkv/triton-chunk"]

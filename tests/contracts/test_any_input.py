@@ -63,12 +63,29 @@ def test_a_state_that_nothing_joins(name: str) -> None:
         forward_accuracy(implementation, case.to(implementation.device))
 
 
-@pytest.mark.parametrize("name", ["wkv/torch-chunk", "wkv/triton-chunk"])
-def test_an_adjoint_that_nothing_joins(name: str) -> None:
-    """Only the final state sends a gradient back, in one chunk, under decays of 1e-6 to 1e-4."""
+@pytest.mark.parametrize(
+    "name, T", [("wkv/torch-chunk", 192), ("wkv/triton-chunk", 192), ("wkv/triton-chunk", 384)]
+)
+def test_an_adjoint_that_nothing_joins(name: str, T: int) -> None:
+    """Only the final state sends a gradient back, in chunks of 192, under decays of 1e-6 to 1e-4."""
     implementation = IMPLEMENTATIONS[name]
-    case = implementation.op.case(B=1, T=192, P=1, C=8, log_decays=(-13.8, -9.0))
+    case = implementation.op.case(B=1, T=T, P=1, C=8, log_decays=(-13.8, -9.0))
     case = replace(case, grads={"state": case.grads["state"]})
+    truth = truth_of(implementation.op, case)
+    with implementation.configured(
+        SMALL | {"chunk_len": 192} if implementation.backend == "triton" else None
+    ):
+        implementation.check(case.to(implementation.device), truth)
+
+
+@pytest.mark.parametrize("name", ["wkv/torch-chunk", "wkv/triton-chunk"])
+def test_gradients_beside_a_state_that_nothing_joins(name: str) -> None:
+    """As above in two chunks of 192, and only the last 32 outputs send a gradient back."""
+    implementation = IMPLEMENTATIONS[name]
+    case = implementation.op.case(B=1, T=384, P=1, C=8, log_decays=(-13.8, -9.0), final_gradient=False)
+    case.k[:, 1:] -= 60.0
+    case.grads["output"][:, :-32] = 0.0
+    case.grads["output"].abs_()  # so that they do not cancel, and errors do not either
     truth = truth_of(implementation.op, case)
     with implementation.configured(
         SMALL | {"chunk_len": 192} if implementation.backend == "triton" else None
