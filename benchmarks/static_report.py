@@ -34,7 +34,7 @@ ISSUE = SMS * CLOCK * 4 * 32  # instructions of one lane per second
 SPECIAL = SMS * CLOCK * 16
 LOAD = 300  # cycles, of one that the L2 cache answers
 C = 1024
-SHAPES = {"divided": (1, 8192, C), "undivided": (32, 2048, C)}
+SHAPES = {"divided": (1, 8192, C), "undivided": (64, 2048, C)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
