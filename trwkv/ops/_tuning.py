@@ -26,10 +26,10 @@ MAX_PERSPECTIVES = 8
 class Config:
     """One configuration of the chunk kernels. Every program is one warp over `block_c` channels.
 
-    `fwd_warps` and `bwd_warps` are how many a multiprocessor holds at once, by their registers: with fewer (blocks of
-    channels over all batch rows), T is divided among that many. From `..._undivided_from` for each multiprocessor on it
-    is not: where T is divided, k and v are read twice. `chunk_len` is the number of tokens a program walks: None lets
-    `chunk_length` decide.
+    `fwd_warps` and `bwd_warps` are how many a multiprocessor is to hold at once, and so what registers each may take:
+    with fewer (blocks of channels over all batch rows), T is divided among that many. From `..._undivided_from` for
+    each multiprocessor on it is not: where T is divided, k and v are read twice. `chunk_len` is the number of tokens a
+    program walks: None lets `chunk_length` decide.
     """
 
     fwd_block_c: int
@@ -49,7 +49,13 @@ class Config:
 CONFIGS = {
     1: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8, bwd_undivided_from=4.0),
     2: Config(
-        fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8, bwd_warps=8, bwd_undivided_from=4.0
+        fwd_block_c=64,
+        fwd_block_t=16,
+        bwd_block_c=64,
+        bwd_block_t=8,
+        fwd_warps=8,
+        bwd_warps=8,
+        bwd_undivided_from=4.0,
     ),
     3: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=64, bwd_block_t=8, fwd_warps=8, bwd_warps=8),
     4: Config(fwd_block_c=64, fwd_block_t=16, bwd_block_c=32, bwd_block_t=8, fwd_warps=8, bwd_warps=8),

@@ -33,6 +33,10 @@ from trwkv.ops.wkv.layout import (
 
 SCAN_AHEAD = 4
 """Chunks whose triples the scans load ahead of use."""
+MULTIPROCESSOR_REGISTERS = 65536
+"""Of every NVIDIA GPU that Triton compiles for."""
+FEW_WARPS = 8
+"""With so many, or fewer, on a multiprocessor each may have all the registers that it can name."""
 
 
 def chunk_forward(
@@ -149,6 +153,14 @@ def _paired(call: KernelCall, block_c: int, *others: Tensor) -> str | None:
     return str(call.k.dtype).removeprefix("torch.") if is_paired else None
 
 
+def _registers(warps: int) -> dict[str, int]:
+    """Launch option: as many registers as that number of warps of a multiprocessor leave each. Without it ptxas may
+    take fewer, for more warps than there are, and each then waits longer.
+    """
+    per_lane = MULTIPROCESSOR_REGISTERS // (32 * warps) // 8 * 8
+    return {"maxnreg": min(255, per_lane)} if is_inline_ptx_available() else {}
+
+
 def _group_name(group: int, groups: int) -> str:
     """Which part of a sum over groups the kernel is to take."""
     if groups == 1:
@@ -189,6 +201,7 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
     def walk(kind: str, groups: int = 1, group: int = 0, name: str = "only") -> None:
         weights, initial_state, saved = call.weights, call.initial_state, states
         weights_kind = call.weights_kind
+        registers = _registers(FEW_WARPS if plan.is_single else config.fwd_warps)
         if kind == "none":  # the same kernel, whatever is to come of its sums
             weights = initial_state = saved = None
             weights_kind = "none"
@@ -198,7 +211,7 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
             C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=config.fwd_block_t, SEGMENT=SEGMENT,
             WEIGHTS=weights_kind, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
             HAS_INITIAL=initial_state is not None, OUTPUT=kind, SAVE=saved is not None, GROUPS=groups, GROUP=name,
-            PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), **LAUNCH_OPTIONS,
+            PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), **registers, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
     with device_guard(call.k.device):
@@ -297,6 +310,8 @@ def _launch_backward(
         GROUPS=call.groups, VARLEN=is_packed, REVERSE=call.reverse, HAS_FINAL=grad_final_state is not None,
         PTX=is_inline_ptx_available(), **LAUNCH_OPTIONS,
     )  # fmt: skip
+    if config.bwd_warps > FEW_WARPS:
+        options |= _registers(config.bwd_warps)
     grid = (plan.n_blocks * plan.programs,)
     with device_guard(device):
         if not plan.is_single:
