@@ -157,15 +157,19 @@ SPILL_BUDGETS = {6: 72, 7: 200, 8: 384}
 """Bytes that kernels for so many perspectives may spill: the backward's states, adjoints and parameters exceed 255
 registers. Bounds of what was once counted; now it is less (docs/performance.md)."""
 SPILL_BUDGET_PACKED = {3: 32}
-"""For packed sequences with [B, T, P] weights: none of it in the backward's walks over tiles, and one load a tile in
-the forward's first walk in float32."""
+"""For packed sequences with [B, T, P] weights: none of it in the backward's walks over tiles, and two loads a tile in
+the walk that sums adjoints (sm_80)."""
+SPILL_BUDGET_FINAL = {(3, 80, "float32"): 16}
+"""The walk that sums adjoints, if the final state sends a gradient, too: none of it on the fast path."""
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=str)
 def test_compiles_without_spills(arguments: tuple) -> None:
     for name, registers, spilled in compile_all(*arguments):
-        P, *_, is_packed = arguments
+        P, capability, dtype, _, is_final, is_packed = arguments
         allowed = SPILL_BUDGET_PACKED.get(P, 0) if is_packed and P < 6 else SPILL_BUDGETS.get(P, 0)
+        if is_final:
+            allowed = max(allowed, SPILL_BUDGET_FINAL.get((P, capability, dtype), 0))
         assert spilled <= allowed, f"{name}: {registers} registers, {spilled} bytes spilled"
 
 
