@@ -34,28 +34,28 @@ ISSUE = SMS * CLOCK * 4 * 32  # instructions of one lane per second
 SPECIAL = SMS * CLOCK * 16
 LOAD = 300  # cycles, of one that the L2 cache answers
 C = 1024
-SHAPES = {"divided": (1, 8192, C), "undivided": (64, 2048, C)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+def training_step(P: int, dtype: torch.dtype, B: int, T: int) -> tuple[list[Launch], list[Launch]]:
+    """Launches of forward and backward, weights [P, C], shared k and v."""
+    w, k = torch.empty(P, C), torch.empty(B, T, C, dtype=dtype)
+    common = (w, w, k, k, w, None, None, False)
+    with record_launches() as forward:
+        output, _, saved = chunk.chunk_forward(*common, save=True)
+    with record_launches() as backward:
+        chunk.chunk_backward(output, None, *common, saved)
+    return forward, backward
+
+
 def launches(P: int, dtype: torch.dtype) -> dict[str, Launch]:
-    """A training step's walks over tiles, weights [P, C], shared k and v: "forward" and "backward", and what goes
-    before each where T is divided.
-    """
-    found = {}
-    for name, (B, T, _) in SHAPES.items():
-        w = torch.empty(P, C)
-        k = torch.empty(B, T, C, dtype=dtype)
-        common = (w, w, k, k, w, None, None, False)
-        with record_launches() as forward:
-            output, _, saved = chunk.chunk_forward(*common, save=True)
-        with record_launches() as backward:
-            chunk.chunk_backward(output, None, *common, saved)
-        if name == "divided":
-            found["sums"], found["adjoints"] = forward[0], backward[0]
-        else:
-            found["forward"], found["backward"] = forward[-1], backward[-1]
-    return found
+    """A training step's walks over tiles: "forward" and "backward", and the first ones where T is divided."""
+    first_forward, first_backward = training_step(P, dtype, 1, 8192)
+    forward, backward = training_step(P, dtype, 64, 2048)  # enough to fill the machine: one chunk per row
+    return {
+        "sums": first_forward[0], "adjoints": first_backward[0],
+        "forward": forward[-1], "backward": backward[-1],
+    }  # fmt: skip
 
 
 def row(name: str, launch: Launch, P: int, dtype: str, capability: int) -> dict[str, Any]:

@@ -12,25 +12,21 @@ R_t n_t is at most 2 |g_t| in the exponent of the state at the chunk's start.
 import triton
 import triton.language as tl
 
-from trwkv.ops.wkv.chunk_adjoint_tiles import (
-    exact_tile_adjoint,
-    fast_tile_adjoint,
-    load_grads,
-    no_grads,
-    ones,
-)
+from trwkv.ops.wkv.chunk_adjoint_tiles import exact_tile_adjoint, fast_tile_adjoint
 from trwkv.ops.wkv.chunk_bwd import load_last_adjoint
+from trwkv.ops.wkv.kernel_grads import load_grads
 from trwkv.ops.wkv.kernel_math import (
     fast_vectors,
     load_triple,
     load_vectors,
+    ones,
     pow2,
     put_away,
     store_triple,
     zeros,
 )
 from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk
-from trwkv.ops.wkv.kernel_tiles import load_tile, no_tile, prefetch_rows, tile_source
+from trwkv.ops.wkv.kernel_tiles import load_tile, no_rows, no_tile, prefetch_rows, tile_source
 from trwkv.ops.wkv.kernel_unit import enter_tile, join, split
 
 
@@ -105,7 +101,7 @@ def wkv_chunk_adjoint_kernel(
     if PAIRED is not None:
         p_grad = grad_output.to(tl.pointer_type(tl.int32), bitcast=True)
     tile = no_tile(source, BLOCK_T)
-    grads = no_grads(p_grad, source, BLOCK_T * OUTPUTS)
+    grads = no_rows(p_grad, source[2], BLOCK_T * OUTPUTS)
     is_fast = begin > end  # nor does the tile before the first do anything but load it
     for t0 in range(begin - BLOCK_T, end, BLOCK_T):
         prefetch_rows(k, row0, t0 + 2 * BLOCK_T, end - 1, c0, C, C, BLOCK_C, BLOCK_T, STEP, PTX)
@@ -134,7 +130,7 @@ def wkv_chunk_adjoint_kernel(
             next_row = row + BLOCK_T * STEP
             tile = no_tile(source, BLOCK_T)
             tile = load_tile(source, next_row, missing, tile, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
-            grads = no_grads(p_grad, source, BLOCK_T * OUTPUTS)
+            grads = no_rows(p_grad, source[2], BLOCK_T * OUTPUTS)
             grads = load_grads(
                 p_grad, next_row, source[2], missing, grads, C, P, BLOCK_T, STEP, WEIGHTS, GROUPS, PAIRED
             )

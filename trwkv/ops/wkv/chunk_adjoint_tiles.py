@@ -7,7 +7,7 @@ each of: what rounding took from A, from B, R, and what it took from R.
 import triton
 import triton.language as tl
 
-from trwkv.ops.wkv.chunk_bwd_tiles import grad_of_y, load_grad_rows
+from trwkv.ops.wkv.kernel_grads import grad_of_y, load_grad_rows, load_grads
 from trwkv.ops.wkv.kernel_math import (
     carry,
     exact_carry,
@@ -18,6 +18,7 @@ from trwkv.ops.wkv.kernel_math import (
     load_decay,
     load_row,
     negative,
+    ones,
     pow2,
     reciprocal,
     split_k,
@@ -26,40 +27,6 @@ from trwkv.ops.wkv.kernel_math import (
 )
 from trwkv.ops.wkv.kernel_outputs import channel_weights
 from trwkv.ops.wkv.kernel_tiles import load_rows, widen
-
-
-@triton.jit
-def no_grads(p_grad, source, N: tl.constexpr):
-    """What stands for a tile's rows of the output's gradient before the first are loaded."""
-    _, _, c = source
-    out = ()
-    for _ in tl.static_range(N):
-        out += (tl.zeros_like(c).to(p_grad.dtype.element_ty),)
-    return out
-
-
-@triton.jit
-def load_grads(
-    p_grad, row, c, missing, old, C: tl.constexpr, P: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, PAIRED: tl.constexpr,
-):  # fmt: skip
-    """The output's gradient at BLOCK_T tokens: a row for each perspective or one for their sum; else as `load_rows`."""
-    N: tl.constexpr = P if WEIGHTS == "none" else 1
-    WIDTH: tl.constexpr = 1 if PAIRED is None else 2
-    is_there = c + missing * C < C // WIDTH
-    out = ()
-    for i in tl.static_range(BLOCK_T * N):
-        p_row = p_grad + (row + (i // N) * STEP) * (N * C // GROUPS // WIDTH) + (i % N) * (C // WIDTH)
-        out += (tl.load(p_row + c, mask=is_there, other=old[i]),)
-    return out
-
-
-@triton.jit
-def ones(N: tl.constexpr, BLOCK_C: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(N):
-        out += (tl.full([BLOCK_C], 1.0, tl.float32),)
-    return out
 
 
 @triton.jit
@@ -227,17 +194,8 @@ def exact_tile_adjoint(
             num_next += (num,)
             den_next += (den,)
             x, y, o, x_joined, y_joined = exact_update(
-                i_A[p],
-                i_B[p],
-                i_O[p],
-                joined[p],
-                joined[P + p],
-                decay[p],
-                decay_exponent[p],
-                e,
-                exponent,
-                i_v,
-            )
+                i_A[p], i_B[p], i_O[p], joined[p], joined[P + p], decay[p], decay_exponent[p], e, exponent, i_v
+            )  # fmt: skip
             A_next += (x,)
             B_next += (y,)
             O_next += (o,)

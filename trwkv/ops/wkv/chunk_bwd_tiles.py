@@ -6,6 +6,7 @@ As in the forward there is a fast path, in one exponent, and an exact one for an
 import triton
 import triton.language as tl
 
+from trwkv.ops.wkv.kernel_grads import grad_of_y, load_grad_rows
 from trwkv.ops.wkv.kernel_math import (
     EMPTY,
     carry,
@@ -24,7 +25,7 @@ from trwkv.ops.wkv.kernel_math import (
     taken,
     zeros,
 )
-from trwkv.ops.wkv.kernel_outputs import channel_weights, token_weights
+from trwkv.ops.wkv.kernel_outputs import channel_weights
 from trwkv.ops.wkv.kernel_tiles import load_tile, no_tile, widen
 from trwkv.ops.wkv.kernel_unit import exponents, scaled
 
@@ -50,40 +51,6 @@ def load_entered(ptr, lane, P: tl.constexpr, BLOCK_C: tl.constexpr):
         A += (tl.load(ptr + p * BLOCK_C + lane),)
         B += (tl.load(ptr + (P + p) * BLOCK_C + lane),)
     return A, B, tl.load(ptr + 2 * P * BLOCK_C + lane)
-
-
-@triton.jit
-def load_grad_rows(
-    p_grad, c, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STRIDE: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-):  # fmt: skip
-    """The output's gradient at BLOCK_T tokens, as memory has it: a row for each perspective, or one for their sum."""
-    N: tl.constexpr = P if WEIGHTS == "none" else 1
-    out = ()
-    for i in tl.static_range(BLOCK_T * N):
-        out += (load_row(p_grad + (i // N) * STRIDE + (i % N) * C, c, C, BLOCK_C, 0.0),)
-    return out
-
-
-@triton.jit
-def grad_of_y(
-    rows, j: tl.constexpr, weights, of_channels, row,
-    P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Gradient of each perspective's y at token j of these rows, and that of the aggregated output (zero when there is
-    none). `row` counts tokens over the batch.
-    """
-    out = ()
-    if WEIGHTS == "none":
-        g = tl.zeros([BLOCK_C], tl.float32)
-        for p in tl.static_range(P):
-            out += (rows[j * P + p].to(tl.float32),)
-    else:
-        g = rows[j].to(tl.float32)
-        weight = token_weights(weights, of_channels, row, P, WEIGHTS, GROUPS)
-        for p in tl.static_range(P):
-            out += (g * weight[p],)
-    return out, g
 
 
 @triton.jit

@@ -233,6 +233,14 @@ def zeros(N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def ones(N: tl.constexpr, BLOCK_C: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(N):
+        out += (tl.full([BLOCK_C], 1.0, tl.float32),)
+    return out
+
+
+@triton.jit
 def empty_state(P: tl.constexpr, BLOCK_C: tl.constexpr):
     A = ()
     B = ()

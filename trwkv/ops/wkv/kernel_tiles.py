@@ -34,15 +34,19 @@ def load_rows(
 
 
 @triton.jit
+def no_rows(ptr, c, N: tl.constexpr):
+    """What stands for rows at ptr before the first are loaded: zeros, never used."""
+    out = ()
+    for _ in tl.static_range(N):
+        out += (tl.zeros_like(c).to(ptr.dtype.element_ty),)
+    return out
+
+
+@triton.jit
 def no_tile(source, BLOCK_T: tl.constexpr):
-    """What stands for the tile before the first: rows of zeros, never used."""
+    """What stands for the tile before the first."""
     k, v, c = source
-    k_rows = ()
-    v_rows = ()
-    for _ in tl.static_range(BLOCK_T):
-        k_rows += (tl.zeros_like(c).to(k.dtype.element_ty),)
-        v_rows += (tl.zeros_like(c).to(v.dtype.element_ty),)
-    return k_rows, v_rows
+    return no_rows(k, c, BLOCK_T), no_rows(v, c, BLOCK_T)
 
 
 @triton.jit
