@@ -195,6 +195,43 @@ def test_faults(body: str, message: str | None) -> None:
             run(body, x)
 
 
+SHUFFLE = "shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;\n"
+NEVER = "setp.eq.s32 %p1, %r90, 99;\n"
+STORE_SHUFFLED = "add.s32 %r3, %r2, 1;\nst.global.b32 [ %rd10 + 0 ], { %r3 };\n"
+
+
+@pytest.mark.parametrize(
+    "body, is_ordered",
+    [
+        (LOAD + "\n" + SHUFFLE + STORE_SHUFFLED, True),
+        (LOAD + "\n$L__nobody_comes_here:\n" + SHUFFLE + STORE_SHUFFLED, True),
+        (LOAD + "\nadd.s32 %r2, %r1, 0;\n" + STORE_SHUFFLED, False),  # the lane's own load alone
+        (LOAD + "\n" + SHUFFLE.replace("%r1", "%r90") + STORE_SHUFFLED, False),  # of something else
+        (LOAD + "\nmov.u32 %r1, 7;\n" + SHUFFLE + STORE_SHUFFLED, False),
+        # two ways lead to the shuffle
+        (LOAD + "\n$L__a:\n" + SHUFFLE + STORE_SHUFFLED + NEVER + "@%p1 bra $L__a;", False),
+        (LOAD + "\n" + NEVER + "@%p1 bra $L__a;\n" + SHUFFLE + STORE_SHUFFLED + "$L__a:\n", True),
+        (LOAD + "\n" + LOAD.replace("%r1", "%r5") + "\n" + SHUFFLE + STORE_SHUFFLED, False),  # of the second
+    ],
+)
+def test_a_store_waits_for_what_a_shuffle_hands_it(body: str, is_ordered: bool) -> None:
+    x = torch.arange(100, 132, dtype=torch.int32)
+    expected = x + 1
+    if is_ordered:
+        run(at("%rd10") + OTHERS + body, x)
+        assert torch.equal(x, expected)
+    else:
+        with pytest.raises(MemoryFault, match="written by lane 0, with no barrier after lane 1"):
+            run(at("%rd10") + OTHERS + body, x)
+
+
+def test_a_shuffle_orders_no_other_warp() -> None:
+    x = torch.zeros(64, dtype=torch.int32)
+    others = OTHERS.replace("%r90, 1", "%r90, 32")
+    with pytest.raises(MemoryFault, match="written by lane 0, with no barrier after lane 32"):
+        run(at("%rd10") + others + LOAD + "\n" + SHUFFLE + STORE_SHUFFLED, x, threads=64)
+
+
 @pytest.mark.parametrize("misaligned", [0, 4])
 def test_an_access_in_front_of_a_tensor_is_said_to_be_that(misaligned: int) -> None:
     pages = torch.zeros(4096, dtype=torch.int32)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trwkv.testing.ptx.arithmetic import WIDTHS, Bits, dtype
+from trwkv.testing.ptx.dependence import loads_handed_over
 from trwkv.testing.ptx.memory import Memory, MemoryFault
 from trwkv.testing.ptx.operations import UnknownInstruction, operation_of
 from trwkv.testing.ptx.parse import Address, Immediate, Instruction, Operand, Program, Vector
@@ -31,6 +32,8 @@ class Machine:
             "%ntid.x": np.full(self.n, threads, np.uint32),
             "%nctaid.x": np.full(self.n, grid, np.uint32),
         }
+        self.loads: dict[int, int] = {}  # by instruction: the number that memory gave the last one
+        self.now = 0
         self.active = np.ones(self.n, bool)
         self._is_together = True  # all lanes are active
 
@@ -56,6 +59,7 @@ class Machine:
                     target = self.program.labels[str(instruction.operands[-1])]
                 taken = self.mask(instruction)[self.active]
                 return np.where(taken, target, now + 1)
+            self.now = now
             try:
                 self._execute(instruction)
             except MemoryFault as fault:
@@ -166,6 +170,7 @@ def _load(machine: Machine, instruction: Instruction) -> None:
         words = np.zeros(machine.n, f"u{width}")
         words[mask] = machine.memory.load(machine.lanes[mask], addresses + np.uint64(i * width), width)
         machine.write(instruction, part, words, kind)
+    machine.loads[machine.now] = machine.memory.end_of_load()
 
 
 def _store(machine: Machine, instruction: Instruction) -> None:
@@ -179,9 +184,14 @@ def _store(machine: Machine, instruction: Instruction) -> None:
     width = WIDTHS[kind] // 8
     parts = _parts(what)
     addresses = _addresses(machine, instruction, at, mask, width * len(parts))
+    store = machine.now
+
+    def waits_for() -> list[int]:
+        return [machine.loads[load] for load in loads_handed_over(machine.program, store)]
+
     for i, part in enumerate(parts):
         words = np.broadcast_to(machine.value(part, f"b{8 * width}"), machine.n)
-        machine.memory.store(machine.lanes[mask], addresses + np.uint64(i * width), words[mask])
+        machine.memory.store(machine.lanes[mask], addresses + np.uint64(i * width), words[mask], waits_for)
 
 
 def _prefetch(machine: Machine, instruction: Instruction) -> None:

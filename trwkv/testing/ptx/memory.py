@@ -5,6 +5,7 @@ end or at an address that is no multiple of its width is an error, and so is one
 """
 
 import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 _SPACING = 1 << 44
 _UNIT = 2  # bytes: the smallest that is loaded or stored
 _NOBODY, _SEVERAL = -1, -2
+_WARP = 32
 
 
 class MemoryFault(Exception):
@@ -29,6 +31,7 @@ class _Buffer:
     written: NDArray
     reader: NDArray
     read: NDArray
+    load: NDArray  # the last one of each unit
 
     def words(self, width: int) -> NDArray:
         return self.data[: len(self.data) // width * width].view(f"u{width}")
@@ -40,6 +43,7 @@ class Memory:
     def __init__(self, tensors: dict[str, Tensor], programs: NDArray) -> None:
         self._programs = programs
         self.barriers = np.zeros(programs.max() + 1, np.int64)  # that each program has passed
+        self._load = 0
         self._buffers: list[_Buffer] = []
         self._addresses: dict[str, int] = {}
         spans: list[tuple[int, int, list[str]]] = []
@@ -58,7 +62,7 @@ class Memory:
         for i, (begin, end, names) in enumerate(spans, 1):
             units = (end - begin) // _UNIT
             data = np.ctypeslib.as_array((ctypes.c_ubyte * (end - begin)).from_address(begin))
-            nobody = [np.full(units, _NOBODY, np.int64) for _ in range(4)]
+            nobody = [np.full(units, _NOBODY, np.int64) for _ in range(5)]
             seen = i * _SPACING + _SPACING // 2 + begin % 4096
             self._buffers.append(_Buffer(" = ".join(names), seen, data, *nobody))
             for name in names:
@@ -76,11 +80,19 @@ class Memory:
                 self._reads(buffer, lanes[chosen], units)
         return out
 
-    def store(self, lanes: NDArray, addresses: NDArray, words: NDArray) -> None:
+    def end_of_load(self) -> int:
+        """The number of the load that `load` was called for, once or for several words of each lane."""
+        self._load += 1
+        return self._load - 1
+
+    def store(
+        self, lanes: NDArray, addresses: NDArray, words: NDArray, waits_for: Callable[[], Sequence[int]]
+    ) -> None:
+        """`waits_for` names loads that are over in all lanes of a warp before one of its lanes stores."""
         width = words.dtype.itemsize
         for buffer, chosen, offsets in self._located(addresses, width):
             for units in _units(offsets, width):
-                self._writes(buffer, lanes[chosen], units)
+                self._writes(buffer, lanes[chosen], units, waits_for)
             buffer.words(width)[offsets // width] = words[chosen]
 
     def touch(self, addresses: NDArray) -> None:
@@ -112,13 +124,20 @@ class Memory:
         )
         buffer.reader[units] = np.where(shared, _SEVERAL, lanes)
         buffer.read[units] = now
+        buffer.load[units] = self._load
 
-    def _writes(self, buffer: _Buffer, lanes: NDArray, units: NDArray) -> None:
+    def _writes(
+        self, buffer: _Buffer, lanes: NDArray, units: NDArray, waits_for: Callable[[], Sequence[int]]
+    ) -> None:
         if len(np.unique(units)) < len(units):
             raise MemoryFault(f"{buffer.name}: two lanes write the same element at once")
         now = self.barriers[self._programs[lanes]]
         self._check(buffer, "written", lanes, now, buffer.writer[units], buffer.written[units])
-        self._check(buffer, "written", lanes, now, buffer.reader[units], buffer.read[units])
+        readers = buffer.reader[units]
+        is_in_warp = (readers >= 0) & (readers != lanes) & (readers // _WARP == lanes // _WARP)
+        if is_in_warp.any():
+            readers = np.where(is_in_warp & np.isin(buffer.load[units], waits_for()), _NOBODY, readers)
+        self._check(buffer, "written", lanes, now, readers, buffer.read[units])
         buffer.writer[units] = lanes
         buffer.written[units] = now
         buffer.reader[units] = _NOBODY
