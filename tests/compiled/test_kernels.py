@@ -90,9 +90,18 @@ def test_own_keys() -> None:
     hold("agreement", "wkv/triton-chunk", P=3, shared=False, weights="BTP", k_range=100.0, **PACKED)
 
 
-def test_channels_that_fill_no_block() -> None:
-    blocks = {"fwd_block_c": 32, "fwd_block_t": 2, "bwd_block_c": 32, "bwd_block_t": 2, "chunk_len": 64}
-    hold("memory", "wkv/triton-chunk", blocks=blocks, P=1, C=45, dtype=torch.float32, weights="none")
+@pytest.mark.parametrize("block_c", [32, 64])
+def test_channels_that_fill_no_block(block_c: int) -> None:
+    """In blocks of 64 lanes load two neighbours and store one, for their number is odd."""
+    blocks = {
+        "fwd_block_c": block_c,
+        "fwd_block_t": 2,
+        "bwd_block_c": block_c,
+        "bwd_block_t": 2,
+        "chunk_len": 64,
+    }
+    C = block_c + 13
+    hold("memory", "wkv/triton-chunk", blocks=blocks, P=1, C=C, dtype=torch.float32, weights="none")
 
 
 def test_shipped_blocks() -> None:
