@@ -273,6 +273,22 @@ def test_what_is_unknown_is_refused(instruction: str) -> None:
         run(f"mov.b32 %r1, 0;\n{instruction} %r1, %r1;", torch.zeros(1))
 
 
+def test_what_nothing_was_written_to_is_no_number() -> None:
+    x, y, z = torch.zeros(32), torch.zeros(32), torch.zeros(32)
+    body = at("%rd10") + at("%rd11", 1) + at("%rd12", 2)
+    body += """
+    setp.lt.u32 %p1, %r90, 7;
+    @%p1 mov.b32 %r1, 0f40000000;
+    mov.b32 %r2, {%rs1, %rs2};
+    add.rn.f32 %r4, %r3, 0f40000000;
+    st.global.b32 [ %rd10 + 0 ], { %r1 };
+    st.global.b32 [ %rd11 + 0 ], { %r2 };
+    st.global.b32 [ %rd12 + 0 ], { %r4 };
+    """
+    run(body, x, y, z)
+    assert (x[:7] == 2).all() and x[7:].isnan().all() and y.isnan().all() and z.isnan().all()
+
+
 def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a kernel"):
         parse(".version 8.7")

@@ -91,7 +91,9 @@ class Machine:
             if kind == "pred":
                 return np.array([operand.bits != 0])
             return np.array([operand.bits & (1 << WIDTHS[kind]) - 1], f"u{WIDTHS[kind] // 8}").view(target)
-        bits = self.registers[str(operand)]
+        bits = self.registers.get(str(operand))
+        if bits is None:
+            return _undefined(target)
         if bits.itemsize > target.itemsize:  # of a wider register the lower bits
             bits = bits.astype(f"u{target.itemsize}")
         return bits.view(target)
@@ -105,7 +107,7 @@ class Machine:
         name = str(operand)
         if not (mask is self.active and self._is_together):
             old = self.registers.get(name)
-            bits = np.where(mask, bits, np.zeros((), bits.dtype) if old is None else old)
+            bits = np.where(mask, bits, _undefined(bits.dtype) if old is None else old)
         self.registers[name] = bits
 
     def whole(self, per: int, what: Instruction) -> None:
@@ -113,6 +115,11 @@ class Machine:
         together = self.active.reshape(-1, per)
         if (together.any(1) != together.all(1)).any():
             raise MemoryFault(f"{self.program.name}, {what}: lanes that must all take part are elsewhere")
+
+
+def _undefined(of: np.dtype) -> Bits:
+    """A register that nothing was written to, such as what a masked load leaves out: all bits set, NaN if a float."""
+    return np.array([True]) if of.kind == "b" else np.full(1, -1, f"i{of.itemsize}").view(of)
 
 
 def _move(machine: Machine, instruction: Instruction) -> None:
