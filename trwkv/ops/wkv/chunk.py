@@ -21,6 +21,7 @@ from trwkv.ops.wkv.chunk_adjoint import wkv_chunk_adjoint_kernel
 from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel
 from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel
 from trwkv.ops.wkv.chunk_scan import wkv_chunk_bwd_scan_kernel, wkv_chunk_scan_kernel
+from trwkv.ops.wkv.chunk_sums import wkv_chunk_sums_kernel
 from trwkv.ops.wkv.layout import (
     KernelCall,
     aggregate_backward,
@@ -198,32 +199,29 @@ def _launch_forward(call: KernelCall, output: Tensor, kind: str, save: bool) -> 
     if groups > 1 and output.dtype != torch.float32:
         partial = torch.empty_like(output, dtype=torch.float32)
 
-    def walk(kind: str, groups: int = 1, group: int = 0, name: str = "only") -> None:
-        weights, initial_state, saved = call.weights, call.initial_state, states
-        weights_kind = call.weights_kind
-        registers = _registers(FEW_WARPS if plan.is_single else config.fwd_warps)
-        if kind == "none":  # the same kernel, whatever is to come of its sums
-            weights = initial_state = saved = None
-            weights_kind = "none"
-        wkv_chunk_fwd_kernel[(plan.n_blocks // groups * plan.programs,)](
-            call.w, call.u, call.k, call.v, weights, initial_state, call.cu_seqlens, chunks, saved,
-            final_state, output, partial, group, B * T * P * C, T, plan.chunk_len, plan.n_chunks, N, _segments(T) + 1,
-            C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=config.fwd_block_t, SEGMENT=SEGMENT,
-            WEIGHTS=weights_kind, VARLEN=is_packed, REVERSE=call.reverse, SINGLE=plan.is_single,
-            HAS_INITIAL=initial_state is not None, OUTPUT=kind, SAVE=saved is not None, GROUPS=groups, GROUP=name,
-            PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(), **registers, **LAUNCH_OPTIONS,
-        )  # fmt: skip
-
+    common: dict[str, Any] = dict(
+        C=C, P=P, BLOCK_C=plan.block_c, BLOCK_T=config.fwd_block_t, VARLEN=is_packed, REVERSE=call.reverse,
+        PAIRED=_paired(call, plan.block_c), PTX=is_inline_ptx_available(),
+        **_registers(FEW_WARPS if plan.is_single else config.fwd_warps), **LAUNCH_OPTIONS,
+    )  # fmt: skip
     with device_guard(call.k.device):
         if not plan.is_single:
-            walk("none")
+            wkv_chunk_sums_kernel[(plan.n_blocks * plan.programs,)](
+                call.w, call.k, call.v, call.cu_seqlens, chunks, T, plan.chunk_len, plan.n_chunks, N, **common
+            )
             scan = _scan_sizes(call)
             wkv_chunk_scan_kernel[(triton.cdiv(P * C, scan["BLOCK"]) * N,)](
                 call.w, call.initial_state, call.cu_seqlens, chunks, T, plan.chunk_len, plan.n_chunks,
                 HAS_INITIAL=call.initial_state is not None, **scan, **LAUNCH_OPTIONS,
             )  # fmt: skip
         for group in range(groups):
-            walk(kind, groups, group, _group_name(group, groups))
+            wkv_chunk_fwd_kernel[(plan.n_blocks // groups * plan.programs,)](
+                call.w, call.u, call.k, call.v, call.weights, call.initial_state, call.cu_seqlens, chunks, states,
+                final_state, output, partial, group, B * T * P * C, T, plan.chunk_len, plan.n_chunks, N,
+                _segments(T) + 1, SEGMENT=SEGMENT, WEIGHTS=call.weights_kind, SINGLE=plan.is_single,
+                HAS_INITIAL=call.initial_state is not None, OUTPUT=kind, SAVE=save, GROUPS=groups,
+                GROUP=_group_name(group, groups), **common,
+            )  # fmt: skip
     return final_state, states
 
 

@@ -1,8 +1,8 @@
 """Forward of the chunked WKV: three kernels. A chunk is walked tile by tile, BLOCK_T tokens at a time.
 
-1. `wkv_chunk_fwd_kernel` with OUTPUT="none": what each chunk adds to an empty state.
+1. `wkv_chunk_sums_kernel` (chunk_sums.py): what each chunk adds to an empty state.
 2. `wkv_chunk_scan_kernel` (chunk_scan.py): the state before each chunk.
-3. `wkv_chunk_fwd_kernel` with OUTPUT="y": the outputs. With a single chunk it is the only one that runs.
+3. `wkv_chunk_fwd_kernel`: the outputs. With a single chunk it is the only one that runs.
    k and v of one perspective each come as one perspective of GROUPS times as many channels. Their weighted sum then
    takes a launch for each group, GROUP "first", "middle" or "last" ("only": there is one): it adds to the sum so far.
    With OUTPUT="states" it stores the state before every token instead, by the exact path alone: the fast one may lose
@@ -52,7 +52,7 @@ def wkv_chunk_fwd_kernel(
     weights,  # [P, C] or [rows, P GROUPS]
     initial_state,  # [N, 3, P, C], N sequences, as the user has it
     cu_seqlens,  # [N + 1] if VARLEN
-    chunks,  # [programs along T, 3, P, C] unless SINGLE: what each chunk adds, later the state before it
+    chunks,  # [programs along T, 3, P, C] unless SINGLE: the state before each chunk
     states,  # [slots, 3, P, C] if SAVE: before every segment, and after the last; see kernel_rows
     final_state,  # [N, 3, P, C], as the user sees it
     output,  # [rows, P, C], [rows, C / GROUPS], or states [3, rows, P, C]
@@ -103,22 +103,17 @@ def wkv_chunk_fwd_kernel(
     if VARLEN:
         if begin >= length:  # of an empty sequence, or no chunk at all
             return
-    if OUTPUT == "none":
-        if end == length:  # what the last chunk adds to the state nobody needs
-            return
-    if not SINGLE:
-        p_chunk = chunks + index.to(tl.int64) * (3 * P * C)
     if SAVE:
         p_states = states + first_slot(i_s, first, SEGMENT, slots, VARLEN, 2) * (3 * P * C)
 
     vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
     fast = fast_vectors(vectors, P, BLOCK_T)
-    A, B, O = empty_state(P, BLOCK_C)
-    if OUTPUT != "none":
-        if not SINGLE:
-            A, B, O = load_triple(p_chunk, c, C, P, BLOCK_C)
-        elif HAS_INITIAL:
-            A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
+    if not SINGLE:
+        A, B, O = load_triple(chunks + index.to(tl.int64) * (3 * P * C), c, C, P, BLOCK_C)
+    elif HAS_INITIAL:
+        A, B, O = load_user_state(initial_state + i_s * (3 * P * C), c, C, P, BLOCK_C)
+    else:
+        A, B, O = empty_state(P, BLOCK_C)
     rest = zeros(2 * P, BLOCK_C)
 
     if OUTPUT == "states":
@@ -138,7 +133,7 @@ def wkv_chunk_fwd_kernel(
             prefetch_rows(v, row0, t0 + 2 * BLOCK_T, end - 1, c0, C, C, BLOCK_C, BLOCK_T, STEP, PTX)
             A, B, O, rest, bound, is_joint, tile = walk_tile(
                 A, B, O, rest, is_fast, fast, tile, source, w, u, k, v, weights, sums, plane, row0, t0, begin, end, c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, PAIRED, PTX,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, PAIRED, PTX,
             )  # fmt: skip
             t1 = t0 + BLOCK_T
             if SAVE:
@@ -150,9 +145,7 @@ def wkv_chunk_fwd_kernel(
                 A, B, O, rest, bound, is_joint, tile[0], t1 + BLOCK_T <= end, fast, P, BLOCK_T, PAIRED, PTX
             )
 
-    if OUTPUT == "none":
-        store_triple(p_chunk, c, A, B, O, C, P, BLOCK_C)
-    elif end == length:
+    if end == length:
         store_user_state(final_state + i_s * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
         if SAVE:
             p_last = p_states + ((length + SEGMENT - 1) // SEGMENT).to(tl.int64) * (3 * P * C)
@@ -163,8 +156,7 @@ def wkv_chunk_fwd_kernel(
 def walk_tile(
     A, B, O, rest, is_fast, fast, tile, source, w, u, k, v, weights, output, plane, row0, t0, begin, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, OUTPUT: tl.constexpr,
-    PAIRED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """From the state that `enter_tile` has prepared for tokens t0 .. min(t0 + BLOCK_T, end) - 1, whose k and v are
     `tile`, to that after them, a bound of it and whether it is joint; their outputs; and the next tile.
@@ -177,7 +169,7 @@ def walk_tile(
     if is_fast:
         A, B, O, rest, bound, tile = fast_tile(
             A, B, O, rest, k_rows, v_rows, source, missing, fast, weights, output, row, c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, PAIRED, PTX,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, PAIRED, PTX,
         )  # fmt: skip
         is_joint = is_fast
     else:
@@ -186,7 +178,7 @@ def walk_tile(
             vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
             A, B, O, rest = exact_tile(
                 A, B, O, rest, vectors, w, k, v, weights, None, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, False, PTX,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, "y", False, PTX,
             )  # fmt: skip
         A, B, O, rest, bound, is_joint = join(A, B, O, rest, P)
         next_row = row + BLOCK_T * STEP
@@ -199,8 +191,7 @@ def walk_tile(
 def fast_tile(
     A, B, O, rest, k_rows, v_rows, source, missing, fast, weights, output, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, OUTPUT: tl.constexpr,
-    PAIRED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One exponent, O[0], for all perspectives and tokens: multiply-adds and a reciprocal per perspective.
 
@@ -231,8 +222,7 @@ def fast_tile(
         B_next = ()
         joined_next = ()
         for p in tl.static_range(P):
-            if OUTPUT == "y":
-                y += (tl.fma(U[p], ev, A[p]) * reciprocal(tl.fma(U[p], e, B[p]), PTX),)
+            y += (tl.fma(U[p], ev, A[p]) * reciprocal(tl.fma(U[p], e, B[p]), PTX),)
             A_next += (tl.fma(A[p], W[p], ev),)
             B_next += (tl.fma(B[p], W[p], e),)
             joined_next += (tl.fma(joined[p], W[p], ev),)
@@ -241,11 +231,21 @@ def fast_tile(
         A = A_next
         B = B_next
         joined = joined_next
-        if OUTPUT == "y":
-            store_output(
-                output, so_far[j], row + j * STEP, c, y, weights, of_channels,
-                C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP,
-            )  # fmt: skip
+        store_output(
+            output,
+            so_far[j],
+            row + j * STEP,
+            c,
+            y,
+            weights,
+            of_channels,
+            C,
+            P,
+            BLOCK_C,
+            WEIGHTS,
+            GROUPS,
+            GROUP,
+        )
     A_end = ()
     B_end = ()
     A_rest = ()
@@ -318,28 +318,22 @@ def exact_tile(
             store_output(
                 output, so_far[0], i_row, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP
             )
-    if OUTPUT != "none":
-        # The last tile: calls of few tokens each would all err alike, by the rounding of decays.
-        if steps < BLOCK_T:
-            tile_decay, tile_decay_low, tile_exponent = load_decay(w, c, steps.to(tl.float64), C, P, BLOCK_C)
-    if OUTPUT != "none" or steps == BLOCK_T:
-        A_end = ()
-        B_end = ()
-        O_end = ()
-        A_rest = ()
-        B_rest = ()
-        for p in tl.static_range(P):
-            a, b, o, a_rest, b_rest = exact_carry(
-                A_begin[p], B_begin[p], O_begin[p], joined[p], joined[P + p], O[p],
-                tile_decay[p], tile_decay_low[p], tile_exponent[p],
-            )  # fmt: skip
-            A_end += (a,)
-            B_end += (b,)
-            O_end += (o,)
-            A_rest += (a_rest,)
-            B_rest += (b_rest,)
-        A = A_end
-        B = B_end
-        O = O_end
-        rest = A_rest + B_rest
-    return A, B, O, rest
+    # The last tile: calls of few tokens each would all err alike, by the rounding of decays.
+    if steps < BLOCK_T:
+        tile_decay, tile_decay_low, tile_exponent = load_decay(w, c, steps.to(tl.float64), C, P, BLOCK_C)
+    A_end = ()
+    B_end = ()
+    O_end = ()
+    A_rest = ()
+    B_rest = ()
+    for p in tl.static_range(P):
+        a, b, o, a_rest, b_rest = exact_carry(
+            A_begin[p], B_begin[p], O_begin[p], joined[p], joined[P + p], O[p],
+            tile_decay[p], tile_decay_low[p], tile_exponent[p],
+        )  # fmt: skip
+        A_end += (a,)
+        B_end += (b,)
+        O_end += (o,)
+        A_rest += (a_rest,)
+        B_rest += (b_rest,)
+    return A_end, B_end, O_end, A_rest + B_rest
