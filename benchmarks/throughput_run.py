@@ -123,8 +123,12 @@ class Benchmark:
                     for contender in chosen:
                         if contender.name in OWN_KERNELS and contender.refuses(case) is None:
                             work(case, contender, inputs)()
-        count = compile_all(launches, os.cpu_count() or 1)
-        _say(f"{count} kernels compiled in {time.monotonic() - begin:.0f} s")
+        try:
+            count = compile_all(launches, os.cpu_count() or 1)
+            _say(f"{count} kernels compiled in {time.monotonic() - begin:.0f} s")
+        except Exception as error:  # it will be raised again, and noted, by the case that needs the kernel
+            _say(f"compiling: {_reason(error)}")
+        torch.cuda.empty_cache()  # what the cases' inputs took: an extension that allocates its own needs it, too
 
     def _contenders(self) -> list[Contender]:
         present = contenders(self.options.device)

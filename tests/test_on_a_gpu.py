@@ -119,6 +119,24 @@ def test_compiled_by_inductor(mode: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_weights_gradient_beside_neighbours(shared: bool) -> None:
+    """A sum over 64 blocks of channels, in one order for two tokens and for two thousand."""
+    given = inputs(B=2, T=1000, P=2, C=4096)
+    if not shared:
+        for name in ("k", "v"):
+            given[name] = given[name].detach().unsqueeze(2).repeat(1, 1, 2, 1).requires_grad_()
+    alone = {name: x if x.ndim == 2 else x[1:, :1] for name, x in given.items()}
+    alone = {name: x.detach().contiguous().requires_grad_() for name, x in alone.items()}
+    given = {**given, **{name: alone[name] for name in ("w", "u")}}
+    gradient = torch.randn(2, 1000, 4096, generator=torch.Generator().manual_seed(1)).cuda()
+    gradients = [
+        torch.autograd.grad(multi_perspective_wkv(**x).output, x["weights"], g)[0]
+        for x, g in ((given, gradient), (alone, gradient[1:, :1]))
+    ]
+    assert_same("weights", gradients[0][1:, :1], gradients[1])
+
+
 def small_model(**options):
     from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
 

@@ -36,6 +36,15 @@ def test_across_chunks_in_wide_blocks() -> None:
         implementation.check(case.to(implementation.device), truth_of(implementation.op, case))
 
 
+def test_many_blocks_of_channels() -> None:
+    """Ten, more than the sum of their shares of the weights' gradient loads at once."""
+    implementation = IMPLEMENTATIONS["wkv/triton-chunk"]
+    for shared in (True, False):
+        C = 16 * (10 if shared else 9)
+        case = case_of(implementation, B=2, T=3, P=2, C=C, shared=shared, weights="BTP", dtype=torch.float32)
+        CONTRACTS["agreement"](implementation, case)
+
+
 def test_the_states_kept_for_the_backward() -> None:
     """One chunk of three segments: the state before each, with an exponent for each perspective again."""
     implementation = IMPLEMENTATIONS["wkv/triton-chunk"]

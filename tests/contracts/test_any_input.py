@@ -63,6 +63,38 @@ def test_a_state_that_nothing_joins(name: str) -> None:
         forward_accuracy(implementation, case.to(implementation.device))
 
 
+CHUNK_OF_192 = SMALL | {"chunk_len": 192}
+"""48 tiles, whose sums the forward's first walk adds from the last to the first."""
+
+
+def test_many_light_tiles_before_a_heavy_token() -> None:
+    """Each of 47 tiles weighs less than half an ulp of the last token of their chunk, all together 20 of them."""
+    implementation = IMPLEMENTATIONS["wkv/triton-chunk"]
+    case = implementation.op.case(B=1, T=200, P=1, C=8, state="none", dtype=torch.float32)
+    case.w[:] = -torch.exp(torch.linspace(-13.8, -9.0, 8))
+    case.k[:] = -200.0
+    case.k[:, :188] = -18.8
+    case.k[:, 191] = 0.0
+    case.v[:] = 30.0
+    case.v[:, 191] = 1.0
+    with implementation.configured(CHUNK_OF_192):
+        forward_accuracy(implementation, case.to(implementation.device))
+
+
+@pytest.mark.parametrize("w", [-0.02, -2.7, 9.0])
+def test_one_tile_of_a_chunk(w: float) -> None:
+    """Some token of a chunk outweighs all others, however much has decayed since; on either path."""
+    implementation = IMPLEMENTATIONS["wkv/triton-chunk"]
+    case = implementation.op.case(B=1, T=200, P=2, C=12, state="none")
+    case.w[:] = torch.tensor([[w], [w / 7]])
+    heavy = torch.arange(12) * 17
+    case.k[:] = -300.0
+    case.k[:] += torch.arange(12).fmod(2).mul(250.0)  # the others nearer, in every second channel
+    case.k[:, heavy, torch.arange(12)] = 60.0 - w * (192 - heavy)
+    with implementation.configured(CHUNK_OF_192):
+        forward_accuracy(implementation, case.to(implementation.device))
+
+
 @pytest.mark.parametrize(
     "name, T", [("wkv/torch-chunk", 192), ("wkv/triton-chunk", 192), ("wkv/triton-chunk", 384)]
 )
@@ -72,9 +104,7 @@ def test_an_adjoint_that_nothing_joins(name: str, T: int) -> None:
     case = implementation.op.case(B=1, T=T, P=1, C=8, log_decays=(-13.8, -9.0))
     case = replace(case, grads={"state": case.grads["state"]})
     truth = truth_of(implementation.op, case)
-    with implementation.configured(
-        SMALL | {"chunk_len": 192} if implementation.backend == "triton" else None
-    ):
+    with implementation.configured(CHUNK_OF_192 if implementation.backend == "triton" else None):
         implementation.check(case.to(implementation.device), truth)
 
 
@@ -87,9 +117,7 @@ def test_gradients_beside_a_state_that_nothing_joins(name: str) -> None:
     case.grads["output"][:, :-32] = 0.0
     case.grads["output"].abs_()  # so that they do not cancel, and errors do not either
     truth = truth_of(implementation.op, case)
-    with implementation.configured(
-        SMALL | {"chunk_len": 192} if implementation.backend == "triton" else None
-    ):
+    with implementation.configured(CHUNK_OF_192 if implementation.backend == "triton" else None):
         implementation.check(case.to(implementation.device), truth)
 
 

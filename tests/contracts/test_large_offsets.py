@@ -5,17 +5,28 @@ cost address space and no memory. The host functions are called directly: a sequ
 refused by the public ones.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from trwkv.ops._tuning import pin_config
 from trwkv.ops.wkv import chunk, recurrent
 
+pytestmark = pytest.mark.xdist_group("large tensors")  # on a GPU they do cost memory: one after the other
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 C, P, TOKENS = 4096, 2, 5
 ROWS = 2**31 // C + TOKENS
 BLOCK_C = 64 if torch.cuda.is_available() else C  # in the interpreter a program is what costs time
+BLOCK_SUMS = chunk.BLOCK_SUMS if torch.cuda.is_available() else 2**20
 BLOCKS = {"fwd_block_c": BLOCK_C, "fwd_block_t": 4, "bwd_block_c": BLOCK_C, "bwd_block_t": 4}
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back() -> Iterator[None]:
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -45,7 +56,8 @@ def inputs() -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_forward_and_backward(reverse: bool) -> None:
+def test_forward_and_backward(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk, "BLOCK_SUMS", BLOCK_SUMS)
     w, u, k, v, weights, grad = inputs()
 
     def run(k, v, weights, grad):

@@ -42,6 +42,14 @@ def test_opcheck_of_other_backends(name: str) -> None:
         check_operators(implementation, case_of(implementation, **options).to(implementation.device))
 
 
+def test_opcheck_of_sums_over_groups() -> None:
+    """Own k and v in whole blocks of channels: the kernels sum the perspectives, in an order of their own."""
+    implementation = IMPLEMENTATIONS["wkv/triton-chunk"]
+    case = case_of(implementation, B=2, T=5, P=3, C=32, shared=False, weights="BTP")
+    with implementation.configured():
+        check_operators(implementation, case.to(implementation.device))
+
+
 def lengths(options: str, Ts: tuple[int, ...]) -> list[dict]:
     """The options for several T."""
     packed = "cu_seqlens" in OPTIONS[options]

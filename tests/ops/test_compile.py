@@ -106,6 +106,7 @@ for launch in launches:
 """
 
 KERNELS = {
+    "wkv_chunk_sums_kernel",
     "wkv_chunk_fwd_kernel",
     "wkv_chunk_scan_kernel",
     "wkv_chunk_adjoint_kernel",
@@ -121,9 +122,9 @@ def compile_all(
 ) -> list[tuple[str, int, int]]:
     """Name, registers and spilled bytes of each of the op's launches."""
     rows = run(CODE + PRINT, P, capability, dtype, weights, state, packed)
-    assert {row[0] for row in rows} == KERNELS
+    assert {row[0] for row in rows} == KERNELS | ({"wkv_block_sums_kernel"} if weights == "BTP" else set())
     # both chunk kernels' walks, without and with results, single chunks, scans, states; decoding; both token shifts
-    assert len(rows) == (11 if packed else 12)
+    assert len(rows) == (11 if packed else 12) + (weights == "BTP")
     return [(f"{name} {flag}", registers, spilled) for name, flag, registers, spilled in rows]
 
 
@@ -191,7 +192,10 @@ def test_every_configuration_compiles_without_spills(arguments: tuple) -> None:
 @pytest.mark.slow
 def test_weighted_sums_of_own_keys_compile_without_spills() -> None:
     rows = run(OWN_CODE + PRINT, 90)
-    assert [row[:2] for row in rows] == [["wkv_chunk_fwd_kernel", "y"]] * 3 + [["wkv_chunk_bwd_kernel", None]]
+    assert [row[:2] for row in rows] == [["wkv_chunk_fwd_kernel", "y"]] * 3 + [
+        ["wkv_chunk_bwd_kernel", None],
+        ["wkv_block_sums_kernel", None],
+    ]
     assert not any(spilled for *_, spilled in rows)
 
 

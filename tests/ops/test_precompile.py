@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from trwkv.ops import precompile
 
-CODE = """
+DRIVER = """
 import os, torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -32,7 +33,8 @@ class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
 driver.set_active(Driver)
-
+"""
+CODE = """
 from trwkv.ops import precompile
 from trwkv.ops._tuning import pin_config
 from trwkv.ops.token_shift_mix.kernel import token_shift_mix_forward
@@ -66,12 +68,51 @@ print(count, sorted(set(Driver.launches)))
 """
 
 
-def test_calls_find_what_was_compiled(tmp_path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
+BROKEN = """
+import triton, triton.language as tl
+from trwkv.ops._compile import Launch
+from trwkv.ops.precompile import compile_all
+
+@triton.jit
+def good_kernel(x):
+    tl.store(x, 1.0)
+
+@triton.jit
+def broken_kernel(x):
+    tl.static_assert(False, "broken on purpose")
+
+def launches(*kernels):
+    return [Launch(kernel, (1,), (torch.float32,), {}) for kernel in kernels]
+
+for _ in range(2):
+    try:
+        compile_all(launches(broken_kernel, good_kernel), jobs=1)
+    except triton.CompilationError as error:
+        print("broken on purpose" in str(error), end=" ")
+assert compile_all(launches(good_kernel), jobs=1) == 0  # the other one was compiled
+good_kernel[(1,)](torch.zeros(1))
+print(Driver.launches)
+"""
+
+
+def run(code: str, folder: Path) -> str:
+    """What a program prints that has a driver without a GPU and an empty cache."""
+    program = folder / "program.py"  # Triton reads the source of kernels
+    program.write_text(DRIVER + code)
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    count, names = done.stdout.split(maxsplit=1)
-    assert int(count) == 13
+    return done.stdout
+
+
+def test_a_kernel_that_does_not_compile(tmp_path: Path) -> None:
+    """Is named, after the others; and leaves Triton able to compile."""
+    assert run(BROKEN, tmp_path).split(maxsplit=2) == ["True", "True", "['good_kernel']\n"]
+
+
+def test_calls_find_what_was_compiled(tmp_path: Path) -> None:
+    count, names = run(CODE, tmp_path).split(maxsplit=1)
+    assert int(count) == 14
     for name in (
         "wkv_chunk_fwd_kernel",
         "wkv_chunk_bwd_kernel",

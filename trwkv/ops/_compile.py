@@ -37,7 +37,9 @@ class Resources:
 
 @dataclass
 class Launch:
-    """One launch as a launcher asked for it: the kernel and its arguments."""
+    """One launch as a launcher asked for it: the kernel and its arguments. A dtype stands for a tensor that begins at a
+    multiple of 16 bytes.
+    """
 
     kernel: JITFunction
     grid: tuple[int, ...]
@@ -47,6 +49,11 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.__name__
+
+    def without_tensors(self) -> "Launch":
+        """All that compiling takes: it holds no memory."""
+        args = tuple(x.dtype if isinstance(x, torch.Tensor) else x for x in self.args)
+        return Launch(self.kernel, self.grid, args, self.options)
 
     def compile(self, target: int | str) -> CompiledKernel:
         """Machine code for an NVIDIA GPU of this compute capability (80, 90, ...) or an AMD GPU of this name (gfx942,
@@ -100,6 +107,8 @@ def _describe(value: Any, param: KernelParam) -> tuple[str, bool]:
     """Type of an argument in a kernel's signature, and whether it is known to be a multiple of 16."""
     if param.is_constexpr or value is None:
         return "constexpr", False
+    if isinstance(value, torch.dtype):
+        return _POINTERS[value], True
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype], value.data_ptr() % 16 == 0
     if isinstance(value, int):
@@ -107,7 +116,7 @@ def _describe(value: Any, param: KernelParam) -> tuple[str, bool]:
             return "i32", False
         is_aligned = value % 16 == 0 and not param.do_not_specialize_on_alignment
         return ("constexpr", False) if value == 1 else ("i32", is_aligned)  # as at a real launch
-    raise TypeError(f"value: expected a tensor, an int or None; got {type(value).__name__}")
+    raise TypeError(f"value: expected a tensor, its dtype, an int or None; got {type(value).__name__}")
 
 
 @contextmanager
@@ -130,9 +139,9 @@ def intercept_launches(handle: Callable[[Launch], None]) -> Iterator[None]:
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Within the block kernels are not run but collected. Outputs are whatever memory held."""
+    """Within the block kernels are not run but collected, without their tensors. Outputs are whatever memory held."""
     launches: list[Launch] = []
-    with intercept_launches(launches.append):
+    with intercept_launches(lambda launch: launches.append(launch.without_tensors())):
         yield launches
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
 from trwkv.ops._compile import Launch, record_launches
 
@@ -49,14 +48,20 @@ def launches_of(
 
 
 def compile_all(launches: Iterable[Launch], jobs: int) -> int:
-    """Compiles what Triton's cache does not hold yet; the number of different kernels."""
+    """Compiles what Triton's cache does not hold yet; the number of different kernels. Raises what compiling one of
+    them raised, after the others.
+    """
     import triton
 
-    with ThreadPoolExecutor(jobs) as pool, triton.AsyncCompileMode(pool) as mode:
-        for launch in launches:
-            arguments = (x.dtype if isinstance(x, Tensor) else x for x in launch.args)
-            launch.kernel.warmup(*arguments, grid=launch.grid, **launch.options)
-        return len(mode.future_kernels)
+    # One that failed within the block would leave Triton in this mode, and all later calls without a compiler.
+    with ThreadPoolExecutor(jobs) as pool, triton.AsyncCompileMode(pool, ignore_errors=True) as mode:
+        kernels = [
+            launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options) for launch in launches
+        ]
+    for kernel in kernels:
+        if future := getattr(kernel, "future", None):  # that was compiled now, or failed before
+            future.result()
+    return len(mode.future_kernels)
 
 
 def _numbers(text: str) -> list[int]:

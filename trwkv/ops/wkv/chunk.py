@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from einops import rearrange
 from torch import Tensor
 
 from trwkv.ops._dispatch import (
@@ -17,6 +16,7 @@ from trwkv.ops._dispatch import (
     multiprocessors,
 )
 from trwkv.ops._tuning import SEGMENT, Config, chunk_length, config_for
+from trwkv.ops.wkv.block_sums import wkv_block_sums_kernel
 from trwkv.ops.wkv.chunk_adjoint import wkv_chunk_adjoint_kernel
 from trwkv.ops.wkv.chunk_bwd import wkv_chunk_bwd_kernel
 from trwkv.ops.wkv.chunk_fwd import wkv_chunk_fwd_kernel
@@ -34,6 +34,8 @@ from trwkv.ops.wkv.layout import (
 
 SCAN_AHEAD = 4
 """Chunks whose triples the scans load ahead of use."""
+BLOCK_SUMS = 128
+"""Elements of the gradient of [B, T, P] weights that a program sums up."""
 MULTIPROCESSOR_REGISTERS = 65536
 """Of every NVIDIA GPU that Triton compiles for."""
 FEW_WARPS = 8
@@ -251,9 +253,7 @@ def chunk_backward(
         grad_final_state = grad_final_state.float().contiguous()
     grads = _launch_backward(call, grad_output.contiguous(), grad_final_state, checkpoint)
     grad_w, grad_u, grad_channel_weights = (g.reshape(w.shape) for g in grads.vectors.unbind(0))
-    if call.weights_kind == "token":
-        grad_weights = grads.weights
-    elif call.weights_kind == "channel":
+    if call.weights_kind == "channel":
         grad_weights = grad_channel_weights.sum(1) if weights.ndim == 1 else grad_channel_weights
     grad_initial = None
     if initial_state is not None:
@@ -263,7 +263,7 @@ def chunk_backward(
         grad_u.to(u.dtype, copy=True),
         grads.k.view(k.shape),
         grads.v.view(v.shape),
-        None if weights is None else grad_weights.to(weights.dtype, copy=True),
+        grads.weights if grad_weights is None else grad_weights.to(weights.dtype, copy=True),
         grad_initial,
     )
 
@@ -271,7 +271,7 @@ def chunk_backward(
 class _Gradients(NamedTuple):
     k: Tensor
     v: Tensor
-    weights: Tensor | None  # [B, T, P]
+    weights: Tensor | None  # [B, T, P], in their dtype
     vectors: Tensor  # of w, u and per-channel weights: [3, P, C]
     adjoint: Tensor  # of the initial states: [N, 3, P, C] as (a, b, O); undefined where a sequence is empty
 
@@ -292,10 +292,10 @@ def _launch_backward(
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     grad_k, grad_v = torch.empty_like(call.k), torch.empty_like(call.v)
-    grad_weights = floats(plan.n_blocks, B, T, P) if is_token else None
+    grad_weights = torch.empty_like(call.weights) if is_token else None
     if N == 0 or T == 0:
-        empty_weights = floats(B, T, P * call.groups) if is_token else None
-        return _Gradients(grad_k, grad_v, empty_weights, floats(3, P, C).zero_(), floats(N, 3, P, C))
+        return _Gradients(grad_k, grad_v, grad_weights, floats(3, P, C).zero_(), floats(N, 3, P, C))
+    shares = floats(plan.n_blocks, B, T, P) if is_token else None  # of the gradient of weights
     adjoints, vectors = floats(plan.programs, 3, P, C), floats(plan.programs, 3, P, C)
     if is_packed:
         vectors.zero_()  # programs without a chunk write none
@@ -321,22 +321,21 @@ def _launch_backward(
                 call.w, call.cu_seqlens, adjoints, T, plan.chunk_len, plan.n_chunks, **scan, **LAUNCH_OPTIONS,
             )  # fmt: skip
         wkv_chunk_bwd_kernel[grid](
-            *inputs, grad_k, grad_v, grad_weights, vectors, B * T, *sizes,
+            *inputs, grad_k, grad_v, shares, vectors, B * T, *sizes,
             SINGLE=plan.is_single, PAIRED=_paired(call, plan.block_c), **options,
         )  # fmt: skip
+        if grad_weights is not None:
+            wkv_block_sums_kernel[(triton.cdiv(grad_weights.numel(), BLOCK_SUMS),)](
+                shares, grad_weights, B * T, plan.n_blocks // call.groups,
+                P=P, GROUPS=call.groups, BLOCK=BLOCK_SUMS, **LAUNCH_OPTIONS,
+            )  # fmt: skip
     return _Gradients(
         grad_k,
         grad_v,
-        _of_groups(grad_weights, call.groups) if is_token else None,
+        grad_weights,
         vectors.sum(0),
         adjoints[plan.first_programs(call)],
     )
-
-
-def _of_groups(shares: Tensor, groups: int) -> Tensor:
-    """The gradient of [B, T, P] weights from the blocks' shares [n_blocks, B, T, P], P = 1 where there are groups."""
-    summed = shares.unflatten(0, (groups, -1)).sum(1)
-    return rearrange(summed, "groups b t p -> b t (groups p)")
 
 
 def _initial_gradient(call: KernelCall, adjoint: Tensor, grad_final_state: Tensor | None) -> Tensor:

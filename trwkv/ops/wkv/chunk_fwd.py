@@ -133,7 +133,7 @@ def wkv_chunk_fwd_kernel(
             prefetch_rows(v, row0, t0 + 2 * BLOCK_T, end - 1, c0, C, C, BLOCK_C, BLOCK_T, STEP, PTX)
             A, B, O, rest, bound, is_joint, tile = walk_tile(
                 A, B, O, rest, is_fast, fast, tile, source, w, u, k, v, weights, sums, plane, row0, t0, begin, end, c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, PAIRED, PTX,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, PAIRED, PTX,
             )  # fmt: skip
             t1 = t0 + BLOCK_T
             if SAVE:
@@ -156,7 +156,8 @@ def wkv_chunk_fwd_kernel(
 def walk_tile(
     A, B, O, rest, is_fast, fast, tile, source, w, u, k, v, weights, output, plane, row0, t0, begin, end, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, OUTPUT: tl.constexpr,
+    PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """From the state that `enter_tile` has prepared for tokens t0 .. min(t0 + BLOCK_T, end) - 1, whose k and v are
     `tile`, to that after them, a bound of it and whether it is joint; their outputs; and the next tile.
@@ -169,7 +170,7 @@ def walk_tile(
     if is_fast:
         A, B, O, rest, bound, tile = fast_tile(
             A, B, O, rest, k_rows, v_rows, source, missing, fast, weights, output, row, c,
-            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, PAIRED, PTX,
+            C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, PAIRED, PTX,
         )  # fmt: skip
         is_joint = is_fast
     else:
@@ -178,7 +179,7 @@ def walk_tile(
             vectors = load_vectors(w, u, c, C, P, BLOCK_C, BLOCK_T)
             A, B, O, rest = exact_tile(
                 A, B, O, rest, vectors, w, k, v, weights, None, output, plane, row, tl.minimum(BLOCK_T, end - t0), c,
-                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, "y", False, PTX,
+                C, P, BLOCK_C, BLOCK_T, STEP, WEIGHTS, GROUPS, GROUP, OUTPUT, False, PTX,
             )  # fmt: skip
         A, B, O, rest, bound, is_joint = join(A, B, O, rest, P)
         next_row = row + BLOCK_T * STEP
@@ -191,7 +192,8 @@ def walk_tile(
 def fast_tile(
     A, B, O, rest, k_rows, v_rows, source, missing, fast, weights, output, row, c,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, OUTPUT: tl.constexpr,
+    PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One exponent, O[0], for all perspectives and tokens: multiply-adds and a reciprocal per perspective.
 
@@ -222,7 +224,8 @@ def fast_tile(
         B_next = ()
         joined_next = ()
         for p in tl.static_range(P):
-            y += (tl.fma(U[p], ev, A[p]) * reciprocal(tl.fma(U[p], e, B[p]), PTX),)
+            if OUTPUT == "y":
+                y += (tl.fma(U[p], ev, A[p]) * reciprocal(tl.fma(U[p], e, B[p]), PTX),)
             A_next += (tl.fma(A[p], W[p], ev),)
             B_next += (tl.fma(B[p], W[p], e),)
             joined_next += (tl.fma(joined[p], W[p], ev),)
@@ -231,21 +234,11 @@ def fast_tile(
         A = A_next
         B = B_next
         joined = joined_next
-        store_output(
-            output,
-            so_far[j],
-            row + j * STEP,
-            c,
-            y,
-            weights,
-            of_channels,
-            C,
-            P,
-            BLOCK_C,
-            WEIGHTS,
-            GROUPS,
-            GROUP,
-        )
+        if OUTPUT == "y":
+            store_output(
+                output, so_far[j], row + j * STEP, c, y, weights, of_channels,
+                C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP,
+            )  # fmt: skip
     A_end = ()
     B_end = ()
     A_rest = ()
@@ -318,22 +311,28 @@ def exact_tile(
             store_output(
                 output, so_far[0], i_row, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP
             )
-    # The last tile: calls of few tokens each would all err alike, by the rounding of decays.
-    if steps < BLOCK_T:
-        tile_decay, tile_decay_low, tile_exponent = load_decay(w, c, steps.to(tl.float64), C, P, BLOCK_C)
-    A_end = ()
-    B_end = ()
-    O_end = ()
-    A_rest = ()
-    B_rest = ()
-    for p in tl.static_range(P):
-        a, b, o, a_rest, b_rest = exact_carry(
-            A_begin[p], B_begin[p], O_begin[p], joined[p], joined[P + p], O[p],
-            tile_decay[p], tile_decay_low[p], tile_exponent[p],
-        )  # fmt: skip
-        A_end += (a,)
-        B_end += (b,)
-        O_end += (o,)
-        A_rest += (a_rest,)
-        B_rest += (b_rest,)
-    return A_end, B_end, O_end, A_rest + B_rest
+    if OUTPUT != "none":
+        # The last tile: calls of few tokens each would all err alike, by the rounding of decays.
+        if steps < BLOCK_T:
+            tile_decay, tile_decay_low, tile_exponent = load_decay(w, c, steps.to(tl.float64), C, P, BLOCK_C)
+    if OUTPUT != "none" or steps == BLOCK_T:
+        A_end = ()
+        B_end = ()
+        O_end = ()
+        A_rest = ()
+        B_rest = ()
+        for p in tl.static_range(P):
+            a, b, o, a_rest, b_rest = exact_carry(
+                A_begin[p], B_begin[p], O_begin[p], joined[p], joined[P + p], O[p],
+                tile_decay[p], tile_decay_low[p], tile_exponent[p],
+            )  # fmt: skip
+            A_end += (a,)
+            B_end += (b,)
+            O_end += (o,)
+            A_rest += (a_rest,)
+            B_rest += (b_rest,)
+        A = A_end
+        B = B_end
+        O = O_end
+        rest = A_rest + B_rest
+    return A, B, O, rest

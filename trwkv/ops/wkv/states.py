@@ -115,7 +115,9 @@ def _initial_gradient(initial_state, start, states, grad_states, cu_seqlens, rev
         direct = direct[:, :2].movedim(1, 0) * ratio
         if cu_seqlens is not None:
             direct = torch.where(
-                (cu_seqlens[1:] > cu_seqlens[:-1]).to(direct.device)[:, None, None], direct, 0.0
+                (cu_seqlens[1:] > cu_seqlens[:-1]).to(direct.device, non_blocking=True)[:, None, None],
+                direct,
+                0.0,
             )
         grads = grads + direct
     limit = torch.finfo(
@@ -130,7 +132,7 @@ def _first_tokens(T, cu_seqlens, reverse, device):
     """Index of each sequence's first token in running order, of all rows alike; that of an empty one means nothing."""
     if cu_seqlens is None:
         return torch.full((1,), T - 1 if reverse else 0, device=device) % (T + 1)
-    return (cu_seqlens[1:] - 1 if reverse else cu_seqlens[:-1]).long().to(device) % (T + 1)
+    return (cu_seqlens[1:] - 1 if reverse else cu_seqlens[:-1]).long().to(device, non_blocking=True) % (T + 1)
 
 
 def _twice(x):
