@@ -4,7 +4,8 @@
     python benchmarks/static_plan.py --perspectives 3
 
 A walk over a tile takes what the waits in its machine code say (static_schedule.py), for as many warps as a scheduler
-then has; or what the memory takes, if that is longer. Programs that do not fit at once run in waves. Every launch costs
+then has; or what the memory takes, if that is longer, but for what the L2 cache still holds of the first walk's
+reading. Programs that do not fit at once run in waves. Every launch costs
 `LAUNCH` beside, and the scans their chunks, one after the other. Shown are the plan that ships and the best one.
 """
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 SMS, CLOCK, COPY = 132, 1.98e9, 4.3e12
 """An H200's multiprocessors, Hz, and bytes per second of a copy."""
+CACHE = 50e6
+"""Bytes of its L2 cache, which is taken to keep what was used last."""
 LAUNCH = 2.5e-6
 """Seconds, assumed: until a kernel has begun, and its programs have loaded their first tile."""
 LATENCY = {"MUFU": 20, "LDS": 30, "REDUX": 30, "R2UR": 12, "S2R": 30, "LDC": 30, "SHFL": 25, "LDL": 60}
@@ -104,6 +106,8 @@ class Kernels(NamedTuple):
         chunks = math.ceil(T / chunk_len)
         programs = B * math.ceil(C / self.results.channels) * chunks
         first, second = self.bytes_per_element
+        if chunks > 1:  # what the first walk read last, the second reads first
+            second -= first * min(1.0, CACHE / (B * T * C * second))
         total = LAUNCH + self.results.seconds(programs, chunk_len, second)
         if chunks > 1:
             total += LAUNCH + self.summary.seconds(programs, chunk_len, first)

@@ -68,30 +68,34 @@ CHUNK_OF_192 = SMALL | {"chunk_len": 192}
 
 
 def test_many_light_tiles_before_a_heavy_token() -> None:
-    """Each of 47 tiles weighs less than half an ulp of the last token of their chunk, all together 20 of them."""
+    """Each of 47 tiles weighs just less than half an ulp of the last token of their chunk: together 43 half-ulps."""
     implementation = IMPLEMENTATIONS["wkv/triton-chunk"]
-    case = implementation.op.case(B=1, T=200, P=1, C=8, state="none", dtype=torch.float32)
-    case.w[:] = -torch.exp(torch.linspace(-13.8, -9.0, 8))
+    case = implementation.op.case(B=1, T=240, P=1, C=8, state="none", dtype=torch.float32)
+    case.w[:] = -torch.exp(torch.linspace(-13.8, -11.0, 8))
     case.k[:] = -200.0
-    case.k[:, :188] = -18.8
+    case.k[:, :188] = -18.1
     case.k[:, 191] = 0.0
-    case.v[:] = 30.0
+    case.v[:] = -1.0
     case.v[:, 191] = 1.0
     with implementation.configured(CHUNK_OF_192):
         forward_accuracy(implementation, case.to(implementation.device))
 
 
-@pytest.mark.parametrize("w", [-0.02, -2.7, 9.0])
-def test_one_tile_of_a_chunk(w: float) -> None:
-    """Some token of a chunk outweighs all others, however much has decayed since; on either path."""
+@pytest.mark.parametrize("w, tiles, tokens", [(-0.02, 48, 4), (-2.7, 48, 4), (30.0, 48, 4), (-0.345, 160, 2)])
+def test_one_tile_of_a_chunk(w: float, tiles: int, tokens: int) -> None:
+    """Some token of a chunk outweighs all others, however much has decayed since; on either path.
+
+    w = -0.345 makes a tile's decay 1.01 * 2^-1: the mantissas of 160 together are below float32.
+    """
     implementation = IMPLEMENTATIONS["wkv/triton-chunk"]
-    case = implementation.op.case(B=1, T=200, P=2, C=12, state="none")
+    chunk_len = tiles * tokens
+    case = implementation.op.case(B=1, T=chunk_len + 8, P=2, C=12, state="none")
     case.w[:] = torch.tensor([[w], [w / 7]])
-    heavy = torch.arange(12) * 17
+    heavy = torch.arange(12) * (chunk_len // 12 + 1)
     case.k[:] = -300.0
     case.k[:] += torch.arange(12).fmod(2).mul(250.0)  # the others nearer, in every second channel
-    case.k[:, heavy, torch.arange(12)] = 60.0 - w * (192 - heavy)
-    with implementation.configured(CHUNK_OF_192):
+    case.k[:, heavy, torch.arange(12)] = 60.0 - w * (chunk_len - heavy)
+    with implementation.configured(SMALL | {"fwd_block_t": tokens, "chunk_len": chunk_len}):
         forward_accuracy(implementation, case.to(implementation.device))
 
 
