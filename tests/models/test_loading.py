@@ -84,3 +84,22 @@ def test_half_precision_decodes_as_it_reads(tmp_path, kind, dtype):
             torch.cat(steps, dim=1).float() - expected[:, 8:]
         ).square().mean().sqrt() / expected.std()
     assert max(error.values()) < 3 * torch.finfo(dtype).eps, error
+
+
+@pytest.mark.parametrize("kind", ["layer", "stream"])
+@torch.no_grad()
+def test_float16_holds_what_a_deep_model_adds_up(tmp_path, kind):
+    """The stream of 13 blocks exceeds 65,504, the most that float16 holds: it is halved twice on its way."""
+    model, tokens = random_model(kind, num_hidden_layers=13), random_tokens(2, 24)
+    for i, block in enumerate(model.rwkv.blocks):
+        block.ffn.value.weight.mul_((10.0, 400.0, 1600.0)[i // 6])
+    stream = []
+    model.rwkv.ln_out.register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0]))
+    model.save_pretrained(tmp_path)
+    expected = model(tokens).logits
+    assert stream[0].abs().max() > 65504
+    half = TemporalRwkvForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    cache = half(tokens[:, :20]).cache
+    for logits in (half(tokens).logits[:, 20:], half(tokens[:, 20:], cache=cache).logits):
+        error = (logits.float() - expected[:, 20:]).abs().max()
+        assert error < 0.02 * expected.abs().max()

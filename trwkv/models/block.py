@@ -1,5 +1,6 @@
 """One block of the model: time mixing and channel mixing, each after its LayerNorm."""
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -9,10 +10,17 @@ from trwkv.modules import ChannelMixing, PerspectiveSelector, TimeMixing
 from trwkv.modules.channel_mixing import CHANNEL_VECTORS
 from trwkv.modules.time_mixing import TIME_VECTORS
 
+HALVED_EVERY = 6
+"""In float16 the residual stream is halved after so many blocks, as RWKV-4's own inference does (rescale_every)."""
+
 
 class TemporalRwkvBlock(GradientCheckpointingLayer):
     """`x += TimeMixing(LayerNorm(x)); x += ChannelMixing(LayerNorm(x))`; block 0 also owns the LayerNorm
-    before."""
+    before.
+
+    The stream grows from block to block, beyond what float16 holds: there x is that of the other types divided by
+    2^(blocks before // HALVED_EVERY), which no LayerNorm notices.
+    """
 
     def __init__(self, config: TemporalRwkvConfig, layer_index: int) -> None:
         super().__init__()
@@ -50,20 +58,28 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
             x = self.ln0(x)
         cached = cache is not None
         state = TemporalRwkvCacheLayer() if cache is None else cache.layers[self.layer_index]
+        is_half = x.dtype == torch.float16
+        scale = 2.0 ** -(self.layer_index // HALVED_EVERY) if is_half else 1.0
         attention, attention_shift, wkv = self.att(
             self.ln1(x),
             mask=mask,
             shift_state=state.attention_shift,
             wkv_state=state.wkv,
             output_state=cached,
+            scale=scale,
         )
         x = x + attention
         feed_forward, feed_forward_shift = self.ffn(
-            self.ln2(x), mask=mask, shift_state=state.feed_forward_shift, output_state=cached
+            self.ln2(x),
+            mask=mask,
+            shift_state=state.feed_forward_shift,
+            output_state=cached,
+            scale=scale,
         )
         if cached:
             state.update(attention_shift=attention_shift, wkv=wkv, feed_forward_shift=feed_forward_shift)
-        return x + feed_forward
+        x = x + feed_forward
+        return 0.5 * x if is_half and (self.layer_index + 1) % HALVED_EVERY == 0 else x
 
 
 def new_selector(config: TemporalRwkvConfig) -> PerspectiveSelector:

@@ -98,6 +98,7 @@ class ChannelMixing(nn.Module):
         mask: Tensor | None = None,
         shift_state: Tensor | None = None,
         output_state: bool = False,
+        scale: float = 1.0,
     ) -> ChannelMixingOutput:
         """Mix over channels; arguments as in `TimeMixing.forward`."""
         if mask is not None:
@@ -105,6 +106,8 @@ class ChannelMixing(nn.Module):
         mixes = self.time_mix_k, self.time_mix_r
         for_k, for_r = shift_and_mix(x, mixes, shift_state, self.backend)
         k = torch.relu(self.key(for_k)).square()
+        if scale != 1.0:
+            k = scale * k
         r = torch.sigmoid(self.receptance(for_r))
         return ChannelMixingOutput(r * self.value(k), last_token(x, shift_state) if output_state else None)
 

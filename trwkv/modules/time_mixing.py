@@ -150,6 +150,7 @@ class TimeMixing(nn.Module):
         shift_state: Tensor | None = None,
         wkv_state: Tensor | None = None,
         output_state: bool = False,
+        scale: float = 1.0,
     ) -> TimeMixingOutput:
         """Mix over time.
 
@@ -160,6 +161,7 @@ class TimeMixing(nn.Module):
             shift_state: x before the first token, [B, C] or [B, P, C]; None at the start of a sequence.
             wkv_state: the op's state, float32 [B, 3, P, A]; None at the start of a sequence.
             output_state: return both states after the last token.
+            scale: factor of the output, which is multiplied before the last matrix: behind it float16 may overflow.
         """
         if mask is not None:
             x = x.masked_fill(absent(mask, x.ndim), 0)
@@ -174,7 +176,7 @@ class TimeMixing(nn.Module):
             )
         y, wkv_state = self._wkv(k, v, r, x, wkv_state, output_state)
         shift_state = last_token(x, shift_state) if output_state else None
-        return TimeMixingOutput(self.output(y), shift_state, wkv_state)
+        return TimeMixingOutput(self.output(y if scale == 1.0 else scale * y), shift_state, wkv_state)
 
     def _wkv(
         self, k: Tensor, v: Tensor, r: Tensor, x: Tensor, state: Tensor | None, output_state: bool
