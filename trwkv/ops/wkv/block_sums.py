@@ -20,12 +20,11 @@ def wkv_block_sums_kernel(
     """From the first block to the last, whatever the number of rows: a sum whose order depended on it would make a
     sequence's gradient depend, in its last bits, on its neighbours.
     """
+    group = tl.program_id(0) % GROUPS
     plane = n_rows.to(tl.int64) * P
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_there = at < plane * GROUPS
-    p_share = shares + at
-    if GROUPS > 1:
-        p_share = shares + at % GROUPS * n_blocks * plane + at // GROUPS
+    at = (tl.program_id(0) // GROUPS).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_there = at < plane
+    p_share = shares + group * n_blocks * plane + at
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(0, n_blocks, AHEAD):
         x = ()
@@ -33,4 +32,4 @@ def wkv_block_sums_kernel(
             x += (tl.load(p_share + (i + j) * plane, mask=is_there & (i + j < n_blocks), other=0.0),)
         for j in tl.static_range(AHEAD):
             total += x[j]
-    tl.store(output + at, total.to(output.dtype.element_ty), mask=is_there)
+    tl.store(output + at * GROUPS + group, total.to(output.dtype.element_ty), mask=is_there)

@@ -325,7 +325,7 @@ def _launch_backward(
             SINGLE=plan.is_single, PAIRED=_paired(call, plan.block_c), **options,
         )  # fmt: skip
         if grad_weights is not None:
-            wkv_block_sums_kernel[(triton.cdiv(grad_weights.numel(), BLOCK_SUMS),)](
+            wkv_block_sums_kernel[(triton.cdiv(B * T * P, BLOCK_SUMS) * call.groups,)](
                 shares, grad_weights, B * T, plan.n_blocks // call.groups,
                 P=P, GROUPS=call.groups, BLOCK=BLOCK_SUMS, **LAUNCH_OPTIONS,
             )  # fmt: skip
