@@ -9,7 +9,7 @@ import pytest
 import triton
 
 from static_sass import FastPath, fast_paths
-from static_schedule import CLOCK, COPY, LAUNCH, Kernels, Walk, controls, cycles
+from static_schedule import CACHE, CLOCK, COPY, LAUNCH, Kernels, Walk, controls, cycles
 
 REPORT = Path(__file__).parents[2] / "benchmarks" / "static_report.py"
 
@@ -128,10 +128,21 @@ def test_a_plan_takes_waves_of_programs() -> None:
     assert walk.seconds(529, 1600, 0.0) == pytest.approx(100 * 200 * cycle)
     assert walk.seconds(1057, 1600, 0.0) == pytest.approx(100 * (200 + 160) * cycle)
     assert walk.seconds(1, 1600, 1e9) == pytest.approx(64 * 1600 * 1e9 / COPY)
-    plan = Kernels(summary=walk, scan=50.0, results=walk, bytes_per_element=(0.0, 0.0))
+    plan = Kernels(summary=walk, scan=50.0, results=walk, bytes_per_element=(1e-9, 1e-9))
     assert plan.seconds(1, 1600, 64, 1600) == pytest.approx(LAUNCH + 100 * 160 * cycle)
     divided = 3 * LAUNCH + (2 * 10 * 160 + 10 * 50) * cycle
     assert plan.seconds(1, 1600, 64, 160) == pytest.approx(divided)
+
+
+@pytest.mark.parametrize("held, again", [(4.0, 0.0), (0.5, 2.0)])
+def test_a_plan_counts_what_the_cache_holds(held: float, again: float) -> None:
+    """Of 4 bytes that both walks read, and 2 that the second writes; an undivided T is read once."""
+    walk = Walk(channels=64, tokens=64, cycles=(0.0,))
+    plan = Kernels(summary=walk, scan=0.0, results=walk, bytes_per_element=(4.0, 6.0))
+    T = int(CACHE / (64 * 6.0 * held)) // 128 * 128
+    copied = 64 * T / COPY
+    assert plan.seconds(1, T, 64, T) == pytest.approx(LAUNCH + 6 * copied)
+    assert plan.seconds(1, T, 64, T // 2) == pytest.approx(3 * LAUNCH + (4 + 2 + again) * copied, rel=1e-3)
 
 
 @pytest.mark.slow
