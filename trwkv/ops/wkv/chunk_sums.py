@@ -6,8 +6,7 @@ is decayed by what comes behind it,
     A = sum over tiles of R J,   R = W^(tokens of the chunk behind the tile),   J = sum_j W^(L-1-j) e_j v_j    (B alike)
 
 So the first tokens of every chunk are read last, and the second walk, which begins with them, finds them in the L2
-cache if it is large enough. A chunk that is not the last one has whole tiles alone. MATH.md,
-section 2, What a chunk adds.
+cache if it is large enough. A chunk that is not the last one has whole tiles alone. MATH.md, section 2: What a chunk adds.
 """
 
 import triton
@@ -136,7 +135,9 @@ def fast_sums(
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
     PAIRED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile's tokens in one exponent, `top`; and the next tile, whose rows take the registers of this."""
+    """The sums of a tile's tokens in one exponent, `top`; the next tile, whose rows take the registers of this; and its
+    largest and smallest k.
+    """
     k_rows, v_rows = tile
     p_k, p_v, c_tile = source
     W = ()
@@ -150,7 +151,7 @@ def fast_sums(
     k_rows = load_rows(p_k, next_row, c_tile, missing, k_rows, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
     next_v_rows = ()
     for j in tl.static_range(BLOCK_T):
-        if j == (BLOCK_T * 3) // 4:
+        if j == (BLOCK_T * 3) // 4:  # at the end they would wait for the last rows of v, too
             k_max, k_min = extremes(k_rows, PAIRED, PTX, BLOCK_T)
         e = e_rows[j]
         ev = e * widen(v_rows[j], PAIRED)
