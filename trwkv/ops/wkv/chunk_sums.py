@@ -6,7 +6,8 @@ is decayed by what comes behind it,
     A = sum over tiles of R J,   R = W^(tokens of the chunk behind the tile),   J = sum_j W^(L-1-j) e_j v_j    (B alike)
 
 So the first tokens of every chunk are read last, and the second walk, which begins with them, finds them in the L2
-cache if it is large enough. A chunk that is not the last one has whole tiles alone. MATH.md, section 2: What a chunk adds.
+cache if it is large enough. A chunk that is not the last one has whole tiles alone.
+MATH.md, section 2: What a chunk adds.
 """
 
 import triton
