@@ -1,5 +1,7 @@
 """Configuration and model: what they compute, count, save and refuse."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -210,6 +212,22 @@ def test_wrong_inputs_are_refused():
     with pytest.raises(ValueError, match=r"expected a state of 3 rows.*got one of 2 .*repeat_interleave"):
         model(random_tokens(3, 5), cache=cache)
     assert all(torch.equal(x, y) for x, y in zip(before, cache.layers[0].states().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["rwkv4", "layer", "stream"])
+def test_inputs_of_another_shape_are_refused(kind):
+    """Also [1, 1, P], in which the last axis could pass for perspectives."""
+    model = random_model(kind)
+    for shape in [(), (5,), (2, 5, 1), (1, 1, 3)]:
+        with pytest.raises(
+            ValueError, match=re.escape(f"input_ids: expected shape [B, T]; got {list(shape)}")
+        ):
+            model(random_tokens(*shape))
+    for shape in [(5, 32), (2, 5, 16), (2, 5, 3, 32)]:
+        with pytest.raises(
+            ValueError, match=re.escape(f"inputs_embeds: expected shape [B, T, 32]; got {list(shape)}")
+        ):
+            model(inputs_embeds=torch.zeros(shape))
 
 
 @torch.no_grad()
