@@ -73,6 +73,49 @@ def test_a_converted_file_is_given_a_tokenizer(folder, tmp_path, capsys) -> None
     assert not (tmp_path / "again.pth").exists()
 
 
+def with_end_at(token: int, folder):
+    """A byte tokenizer's folder, but that its end-of-text token is another."""
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def special_tokens(folder) -> list[tuple]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    files = [json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json")]
+    return [tuple(file.get(name) for name in names) for file in files]
+
+
+def test_a_converted_folder_has_the_special_tokens_of_its_tokenizer(folder, tmp_path, capsys) -> None:
+    """That of --tokenizer, and the source's, whose configuration may say otherwise."""
+    official, other = str(tmp_path / "rwkv4.pth"), with_end_at(7, tmp_path / "tokenizer")
+    cli.main(["convert", str(folder), official])
+    cli.main(["convert", official, str(tmp_path / "named"), "--tokenizer", str(other)])
+    assert special_tokens(tmp_path / "named") == [(0, 7, 7)] * 2
+    cli.main(["convert", official, str(tmp_path / "source")])
+    assert special_tokens(tmp_path / "source") == [(0, 0, None)] * 2
+    with_end_at(9, tmp_path / "source")
+    cli.main(["convert", str(tmp_path / "source"), str(tmp_path / "copied"), "--dtype", "bfloat16"])
+    assert special_tokens(tmp_path / "copied") == [(0, 9, 9)] * 2
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    cli.main(["convert", str(tmp_path / "source"), str(tmp_path / "broken")])
+    assert "the ids of special tokens stay those of " in capsys.readouterr().out
+    assert special_tokens(tmp_path / "broken") == [(0, 0, None)] * 2
+
+
+def test_generate_stops_at_the_end_of_text_of_the_tokenizer(folder, tmp_path, capsys) -> None:
+    arguments = ["generate", "--model", str(folder), "--prompt", "abc", "--max-new-tokens", "6"]
+    arguments += ["--temperature", "0", "--device", "cpu"]
+    cli.main(arguments)
+    assert "6 tokens in" in capsys.readouterr().err
+    first = load_model(str(folder)).generate(
+        byte_tokenizer()("abc", return_tensors="pt").input_ids, do_sample=False, max_new_tokens=1
+    )[0, -1]
+    cli.main([*arguments, "--tokenizer", str(with_end_at(int(first), tmp_path))])
+    assert "1 tokens in" in capsys.readouterr().err
+
+
 def test_convert_says_where_it_cannot_write(folder, tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(
@@ -104,7 +147,8 @@ def test_a_hub_id_brings_its_tokenizer(folder, tmp_path, monkeypatch) -> None:
 
 def test_generate_warns_of_nothing(folder) -> None:
     command = [sys.executable, "-m", "trwkv.cli", "generate", "--model", str(folder), "--prompt", "a"]
-    done = subprocess.run([*command, "--max-new-tokens", "2"], capture_output=True, text=True, check=True)
+    command += ["--max-new-tokens", "2", "--seed", "0"]  # which ends no text
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "You are using a model of type" not in done.stderr
     assert "2 tokens in" in done.stderr
 

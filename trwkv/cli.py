@@ -157,19 +157,24 @@ def _convert(options: argparse.Namespace) -> None:
     if is_file:
         model.to_rwkv4(options.target)
     else:
-        save_tokenizer = _tokenizer_of(options)
+        save_tokenizer = _tokenizer_of(options, model)
         model.save_pretrained(options.target)
         save_tokenizer(options.target)
     count = model.count_parameters()
     print(f"{options.target}: {count.total:,} parameters, of which perspectives add {count.added:,}")
 
 
-def _tokenizer_of(options: argparse.Namespace) -> Callable[[Path], Any]:
-    """What puts the tokenizer into a folder: that of --tokenizer, else the source's, else a word that there is none."""
-    from trwkv.data import is_hub_id, load_tokenizer
+def _tokenizer_of(options: argparse.Namespace, model: TemporalRwkvForCausalLM) -> Callable[[Path], Any]:
+    """What puts the tokenizer into a folder: that of --tokenizer, else the source's, else a word that there is none.
+
+    The model's configurations get the ids of its special tokens.
+    """
+    from trwkv.data import is_hub_id, load_tokenizer, set_special_tokens
 
     if options.tokenizer:
-        return load_tokenizer(options.tokenizer).save_pretrained
+        tokenizer = load_tokenizer(options.tokenizer)
+        set_special_tokens(model, tokenizer)
+        return tokenizer.save_pretrained
     folder = Path(options.source)
     if is_hub_id(options.source):
         from huggingface_hub import constants, snapshot_download
@@ -178,6 +183,11 @@ def _tokenizer_of(options: argparse.Namespace) -> Callable[[Path], Any]:
         patterns = list(TOKENIZER_FILES)
         folder = Path(snapshot_download(options.source, allow_patterns=patterns, local_files_only=offline))
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if folder / "tokenizer.json" in files:
+        try:
+            set_special_tokens(model, load_tokenizer(str(folder)))
+        except ValueError as error:
+            print(f"{error}; the ids of special tokens stay those of {options.source}")
 
     def copy(target: Path) -> None:
         for file in files:
@@ -241,6 +251,8 @@ def _generate(options: argparse.Namespace) -> None:
         prompt["input_ids"],
         streamer=TextStreamer(tokenizer),
         max_new_tokens=options.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
     seconds = time.perf_counter() - start

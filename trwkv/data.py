@@ -195,6 +195,15 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         raise ValueError(f"tokenizer: expected at most the model's {vocab_size} tokens; got {len(tokenizer)}")
 
 
+def set_special_tokens(model: Any, tokenizer: Any) -> None:
+    """Gives a model's two configurations the ids of the special tokens that the tokenizer has."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name)
+        if token is not None:
+            setattr(model.config, name, token)
+            setattr(model.generation_config, name, token)
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """A tokenizer with an end-of-text token.
 
@@ -225,8 +234,10 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
             check_hub(source, 'the path of a tokenizer.json file, or "bytes"')
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"tokenizer {source}: cannot be loaded: {error}") from error
+        except Exception as error:  # of a broken file transformers raises whatever comes, a KeyError too
+            raise ValueError(
+                f"tokenizer {source}: cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
     else:
         raise ValueError(
             f'tokenizer {source!r}: expected "bytes", a tokenizer.json file, a folder that exists, '

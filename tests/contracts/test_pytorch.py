@@ -1,7 +1,10 @@
 """The ops among PyTorch's own tools: opcheck, compile, export, checkpointing, hooks, autocast, vmap, meta tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from tests.contracts.support import case_of, everywhere
 from trwkv.testing import CONTRACTS, HAS_GPU, IMPLEMENTATIONS, Case, Implementation, evaluate, pytorch
@@ -125,3 +128,19 @@ def test_second_order_is_refused_but_by_the_reference(name: str) -> None:
         first = torch.autograd.grad(output.sum(), leaves[2], create_graph=True)[0]
         with pytest.raises(NotImplementedError, match=r"second-order.*reference"):
             first.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["wkv/torch-chunk", "wkv/torch-recurrent", "wkv_states/torch"])
+def test_forward_mode_is_refused_but_by_the_reference(name: str) -> None:
+    implementation = IMPLEMENTATIONS[name]
+    case = case_of(implementation, T=4)
+
+    def run(v: torch.Tensor) -> torch.Tensor:
+        return implementation.run(replace(case, inputs=case.inputs | {"v": v}))[0]
+
+    v = case.inputs["v"]
+    message = r"trwkv::wkv_\w+: forward-mode derivatives .*'reference' only"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(run, (v,), (v,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        run(forward_ad.make_dual(v, v))

@@ -177,11 +177,49 @@ def test_wrong_selectors(options, message):
         PerspectiveSelector(C, P, **options)
 
 
-def test_unknown_vectors():
-    with pytest.raises(ValueError, match="perspective_vectors: expected some of time_decay"):
-        TimeMixing(C, perspective_vectors=["time_decya"])
-    with pytest.raises(ValueError, match="perspective_vectors: expected some of channel_mix_k"):
-        ChannelMixing(C, perspective_vectors=["time_mix_k"])
+@pytest.mark.parametrize(
+    ("layer", "names", "message"),
+    [
+        (TimeMixing, ["time_decya"], "some of time_decay, .*; got ['time_decya']"),
+        (TimeMixing, "time_decay", "some of time_decay, .*; got 'time_decay'"),
+        (ChannelMixing, ["time_mix_k"], "some of channel_mix_k, channel_mix_r; got ['time_mix_k']"),
+        (ChannelMixing, "channel_mix_k", "some of channel_mix_k, channel_mix_r; got 'channel_mix_k'"),
+    ],
+)
+def test_unknown_vectors(layer, names, message):
+    message = f"perspective_vectors: expected a list of {message}".replace("[", r"\[")
+    with pytest.raises(ValueError, match=message):
+        layer(C, n_perspectives=P, perspective_vectors=names)
+
+
+def test_perspectives_that_would_be_the_same_are_refused():
+    selector = PerspectiveSelector(C, P)
+    with pytest.raises(ValueError, match="expected at least one with n_perspectives = 3; got none"):
+        TimeMixing(C, n_perspectives=P, selector=selector)
+    with pytest.raises(ValueError, match="selector: expected one of n_perspectives = 2; got one of 3"):
+        TimeMixing(C, n_perspectives=2, perspective_vectors=["time_decay"], selector=selector)
+    for layer in (TimeMixing, ChannelMixing):
+        with pytest.raises(ValueError, match="n_perspectives: expected a whole number of at least 1; got 0"):
+            layer(C, n_perspectives=0)
+
+
+def test_inputs_of_another_shape_are_refused():
+    """[1, 1, P], too, whose last axis could pass for perspectives."""
+    single = TimeMixing(C), ChannelMixing(C)
+    vectors = ["time_decay"]
+    merged = TimeMixing(C, n_perspectives=P, perspective_vectors=vectors, selector=PerspectiveSelector(C, P))
+    streams = (
+        TimeMixing(C, n_perspectives=P),
+        ChannelMixing(C, n_perspectives=P, perspective_vectors=["channel_mix_r"]),
+    )
+    for layer in (*single, merged):
+        for shape in [(), (C,), (T, C), (B, T, C + 1), (1, 1, P), (B, T, P, 1), (B, T, 1, 1, C)]:
+            with pytest.raises(ValueError, match=rf"x: expected shape \[B, T, .*8\]; got \{list(shape)}"):
+                layer(torch.zeros(shape))
+    for layer in streams:
+        for shape in [(P, C), (B, T, C), (B, P, C), (B, T, P + 1, C), (B, T, P, C + 1)]:
+            with pytest.raises(ValueError, match=rf"x: expected shape \[B, T, 3, 8\]; got \{list(shape)}"):
+                layer(torch.zeros(shape))
 
 
 def test_initial_values_are_rwkv4s():

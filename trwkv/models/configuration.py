@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from trwkv.convert import SIZES
 from trwkv.modules import AGGREGATIONS, CHANNEL_VECTORS, TIME_VECTORS
+from trwkv.modules.arguments import check_differ, check_whole_number, chosen_vectors
 from trwkv.modules.perspective_selector import check_aggregation
 from trwkv.ops._dispatch import BACKENDS
 
@@ -108,9 +109,7 @@ class TemporalRwkvConfig(PreTrainedConfig):
 
     def _check_numbers(self) -> None:
         for name in (*SIZES, "context_length", "n_perspectives"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
+            check_whole_number(name, getattr(self, name))
         for name in ("perspective_noise", "selector_noise", "layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
@@ -128,17 +127,9 @@ class TemporalRwkvConfig(PreTrainedConfig):
         valid = _VALID_VECTORS[self.placement]
         if self.perspective_vectors is None:
             self.perspective_vectors = _DEFAULT_VECTORS[self.placement]
-        if isinstance(self.perspective_vectors, str) or not set(self.perspective_vectors) <= set(valid):
-            raise ValueError(
-                f"perspective_vectors: with placement {self.placement!r} expected a list of some of "
-                f"{', '.join(valid)}; got {self.perspective_vectors!r}"
-            )
-        self.perspective_vectors = [name for name in valid if name in self.perspective_vectors]
-        if self.n_perspectives > 1 and not self.perspective_vectors:
-            raise ValueError(
-                f"perspective_vectors: expected at least one with n_perspectives = {self.n_perspectives}; "
-                "got none (the perspectives would be the same)"
-            )
+        where = f"with placement {self.placement!r} "
+        self.perspective_vectors = chosen_vectors(self.perspective_vectors, valid, where)
+        check_differ(self.perspective_vectors, self.n_perspectives)
         if self.fixed_weights is not None:
             self.fixed_weights = [float(weight) for weight in self.fixed_weights]
         check_aggregation(self.aggregation, self.fixed_weights, self.n_perspectives)

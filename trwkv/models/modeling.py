@@ -100,14 +100,12 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
 
         Raises:
             TypeError: `cache` of another model's kind.
-            ValueError: neither or both inputs, a mask or a cache that does not fit, padding after a cached token,
-                a cache under both names.
+            ValueError: neither or both inputs, one of another shape, a mask or a cache that does not fit, padding after
+                a cached token, a cache under both names.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids, inputs_embeds: expected exactly one of them; got both or neither")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embedded(input_ids, inputs_embeds)
         given = the_cache(cache, past_key_values)
         use_cache, cache = self._choose_cache(use_cache, given)
         B, T = x.shape[:2]
@@ -136,6 +134,19 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             cache if use_cache else None,
             tuple(hidden_states) if output_hidden_states else None,
         )
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The one input that was given, as [B, T, C]."""
+        if input_ids is not None and inputs_embeds is None:
+            if input_ids.ndim != 2:
+                raise ValueError(f"input_ids: expected shape [B, T]; got {list(input_ids.shape)}")
+            return self.emb(input_ids)
+        if inputs_embeds is None or input_ids is not None:
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of them; got both or neither")
+        C = self.config.hidden_size
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != C:
+            raise ValueError(f"inputs_embeds: expected shape [B, T, {C}]; got {list(inputs_embeds.shape)}")
+        return inputs_embeds
 
     def _run_blocks(
         self,

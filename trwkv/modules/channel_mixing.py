@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trwkv.modules.arguments import check_input, check_whole_number, chosen_vectors
 from trwkv.modules.linear import RwkvLinear
 from trwkv.modules.time_mixing import perspective_rows, vector_shape
 from trwkv.modules.token_shift import absent, last_token, shift_and_mix
@@ -37,6 +38,9 @@ class ChannelMixing(nn.Module):
         perspective_noise: as in `TimeMixing`.
         layer_index, n_layers: place in the model, for the initial values.
         backend: of `trwkv.ops.token_shift_mix`.
+
+    Raises:
+        ValueError: an unknown vector, P < 1.
     """
 
     time_mix_k: nn.Parameter
@@ -55,12 +59,10 @@ class ChannelMixing(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        unknown = set(perspective_vectors) - set(CHANNEL_VECTORS)
-        if unknown:
-            raise ValueError(
-                f"perspective_vectors: expected some of {', '.join(CHANNEL_VECTORS)}; got {sorted(unknown)}"
-            )
+        check_whole_number("n_perspectives", n_perspectives)
+        perspective_vectors = chosen_vectors(perspective_vectors, CHANNEL_VECTORS)
         intermediate_size = intermediate_size or 4 * hidden_size
+        self.hidden_size = hidden_size
         self.n_perspectives = n_perspectives
         self.perspective_vectors = tuple(perspective_vectors)
         self.perspective_noise = perspective_noise
@@ -100,7 +102,16 @@ class ChannelMixing(nn.Module):
         output_state: bool = False,
         scale: float = 1.0,
     ) -> ChannelMixingOutput:
-        """Mix over channels; arguments as in `TimeMixing.forward`."""
+        """Mix over channels; arguments as in `TimeMixing.forward`.
+
+        x is [B, T, C] or [B, T, P, C] for any P; with `perspective_vectors` and P > 1 [B, T, P, C], of that P.
+
+        Raises:
+            ValueError: x of another shape.
+        """
+        is_streams = self.n_perspectives > 1 and len(self.perspective_vectors) > 0
+        n_streams = self.n_perspectives if is_streams else x.shape[2] if x.ndim == 4 else None
+        check_input(x, self.hidden_size, n_streams)
         if mask is not None:
             x = x.masked_fill(absent(mask, x.ndim), 0)
         mixes = self.time_mix_k, self.time_mix_r

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trwkv.modules.arguments import check_differ, check_input, check_whole_number, chosen_vectors
 from trwkv.modules.linear import RwkvLinear
 from trwkv.modules.perspective_selector import PerspectiveSelector, merge_perspectives
 from trwkv.modules.token_shift import absent, last_token, shift_and_mix
@@ -59,6 +60,9 @@ class TimeMixing(nn.Module):
         perspective_noise: see `initial_values`.
         layer_index, n_layers: place in the model, for the initial values.
         backend: of the ops.
+
+    Raises:
+        ValueError: an unknown vector, none with a selector and P > 1, a selector of another P, P < 1.
     """
 
     time_decay: nn.Parameter
@@ -81,12 +85,16 @@ class TimeMixing(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        unknown = set(perspective_vectors) - set(TIME_VECTORS)
-        if unknown:
-            raise ValueError(
-                f"perspective_vectors: expected some of {', '.join(TIME_VECTORS)}; got {sorted(unknown)}"
-            )
+        check_whole_number("n_perspectives", n_perspectives)
+        perspective_vectors = chosen_vectors(perspective_vectors, TIME_VECTORS)
+        if selector is not None:  # without one the streams may differ by what is around this layer
+            check_differ(perspective_vectors, n_perspectives)
+            if selector.n_perspectives != n_perspectives:
+                raise ValueError(
+                    f"selector: expected one of n_perspectives = {n_perspectives}; got one of {selector.n_perspectives}"
+                )
         attention_hidden_size = attention_hidden_size or hidden_size
+        self.hidden_size = hidden_size
         self.n_perspectives = n_perspectives
         self.perspective_vectors = tuple(perspective_vectors)
         self.perspective_noise = perspective_noise
@@ -162,7 +170,12 @@ class TimeMixing(nn.Module):
             wkv_state: the op's state, float32 [B, 3, P, A]; None at the start of a sequence.
             output_state: return both states after the last token.
             scale: factor of the output, which is multiplied before the last matrix: behind it float16 may overflow.
+
+        Raises:
+            ValueError: x of another shape.
         """
+        is_streams = self.selector is None and self.n_perspectives > 1
+        check_input(x, self.hidden_size, self.n_perspectives if is_streams else None)
         if mask is not None:
             x = x.masked_fill(absent(mask, x.ndim), 0)
         mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r

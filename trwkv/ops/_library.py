@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 def differentiable(name: str, keep: Callable, formula: Callable) -> Callable:
@@ -25,6 +26,11 @@ def differentiable(name: str, keep: Callable, formula: Callable) -> Callable:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
+    def no_forward_mode(ctx, *tangents):
+        raise NotImplementedError(
+            f"trwkv::{name}: forward-mode derivatives (torch.func.jvp) are available with backend='reference' only"
+        )
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
@@ -33,6 +39,7 @@ def differentiable(name: str, keep: Callable, formula: Callable) -> Callable:
             return outputs
 
         backward = staticmethod(formula)
+        jvp = staticmethod(no_forward_mode)
 
     class Transformed(torch.autograd.Function):
         generate_vmap_rule = True
@@ -43,6 +50,7 @@ def differentiable(name: str, keep: Callable, formula: Callable) -> Callable:
 
         setup_context = staticmethod(keep)
         backward = staticmethod(formula)
+        jvp = staticmethod(no_forward_mode)
 
     Eager.__name__ = Transformed.__name__ = name
 
@@ -51,7 +59,11 @@ def differentiable(name: str, keep: Callable, formula: Callable) -> Callable:
             return op(*args)
         if torch._C._are_functorch_transforms_active():
             return Transformed.apply(*args)
-        return Eager.apply(*args) if is_gradient_needed(*args) else below_autograd(*args)
+        if (
+            is_gradient_needed(*args) or forward_ad._current_level >= 0
+        ):  # below autograd a tangent would be lost
+            return Eager.apply(*args)
+        return below_autograd(*args)
 
     return call
 
