@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from trwkv.adapters import PerspectiveCheckpoints, load_perspectives, save_perspectives
 from trwkv.data import TokenBlocks
 from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
-from trwkv.training import parameter_groups, train
+from trwkv.training import held_out_loss, parameter_groups, train
 
 GUIDE = Path(__file__).parents[1] / "docs" / "finetuning.md"
 TIME_MIXING = r".*\.att\.(key|value|receptance|output)"
@@ -148,6 +148,61 @@ def test_a_training_killed_after_its_last_step_takes_no_other(tmp_path, monkeypa
     assert (result.steps, result.tokens_per_second, result.history) == (0, 0, history)
     for name, x in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], x), name
+    assert not (tmp_path / "run").exists()
+
+
+def small_training(folder, **changed):
+    settings = {"steps": 2, "batch_size": 2, "learning_rate": 0.1, "seed": 0} | changed
+    model = settings.pop("model", None) or random_model()
+    return train(model, TokenBlocks(torch.randint(19, (6, 8)).numpy()), folder, **settings)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "checkpoint-old"])
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_a_folder_with_other_things_is_left_alone(name, with_checkpoint, tmp_path):
+    if with_checkpoint:
+        (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"folder: expected a new or empty one.*holds {name}"):
+        small_training(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1 + with_checkpoint
+    with pytest.raises(ValueError, match="folder: expected a folder; got "):
+        small_training(tmp_path / name)
+
+
+def test_what_comes_into_the_folder_while_training_stays(tmp_path):
+    class Log(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            (tmp_path / "log.txt").write_text(str(state.global_step))
+
+    (tmp_path / ".DS_Store").write_text("")  # hidden: no reason to refuse
+    small_training(tmp_path, callbacks=[Log()])
+    assert {path.name for path in tmp_path.iterdir()} == {".DS_Store", "log.txt"}
+    assert (tmp_path / "log.txt").read_text() == "2"
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_training_takes_a_step(steps, tmp_path):
+    with pytest.raises(ValueError, match=f"steps: expected a whole number of at least 1; got {steps}"):
+        small_training(tmp_path / "run", steps=steps)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_a_frozen_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one parameter that requires a gradient; got none"):
+        small_training(tmp_path / "run", model=random_model().requires_grad_(False))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_is_not_here_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    blocks = TokenBlocks(torch.randint(19, (6, 8)).numpy())
+    for device, message in (("cuda", "no CUDA device here; got 'cuda'"), ("tpu", "of cpu, cuda; got 'tpu'")):
+        with pytest.raises(ValueError, match=f"device: expected .*{message}"):
+            small_training(tmp_path / "run", device=device)
+        with pytest.raises(ValueError, match=f"device: expected .*{message}"):
+            held_out_loss(random_model(), blocks, batch_size=2, device=device)
     assert not (tmp_path / "run").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -10,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ __all__ = [
 FINAL_LEARNING_RATE_SHARE = 1 / 3
 _LOGS_PER_RUN = 20
 _LOGS_PER_CHECKPOINT = 4
+_DEVICES = ("cpu", "cuda")
+_NOTHING_TRAINS = "model: expected at least one parameter that requires a gradient; got none"
 
 
 class TrainingInterrupted(Exception):
@@ -88,13 +91,14 @@ def train(
     cosine from `learning_rate` down to a third of it; it reports nowhere (for another recipe, or tensorboard, use
     Trainer itself: docs/finetuning.md). Checkpoints go to `folder`; if it already holds one,
     training continues there and ends with the weights of a run that was never stopped. On Ctrl-C or SIGTERM
-    the current step is finished and a checkpoint written. A finished training removes `folder`.
+    the current step is finished and a checkpoint written. A finished training removes them, and `folder` if
+    nothing else is in it.
 
     Args:
         model: on any device; it is moved to `device`.
         blocks: the training text; every pass over it has another order, fixed by `seed`.
-        folder: for checkpoints; for no other use.
-        steps: optimizer steps, counted from the beginning.
+        folder: for checkpoints; for no other use. New, empty, or left by a run that was stopped.
+        steps: optimizer steps, counted from the beginning; at least 1.
         batch_size: blocks per step.
         learning_rate: the largest one, reached after the warm-up.
         seed: of the order of the blocks, and of whatever the model draws while it trains.
@@ -106,8 +110,16 @@ def train(
 
     Raises:
         TrainingInterrupted: a signal stopped the training; call again with the same arguments to continue.
+        ValueError: `steps` is less than 1, `device` cannot be used here, no parameter requires a gradient, or
+            `folder` holds anything but checkpoints.
     """
     folder = Path(folder)
+    if steps < 1:
+        raise ValueError(f"steps: expected a whole number of at least 1; got {steps}")
+    _check_device(device)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(_NOTHING_TRAINS)
+    _check_folder(folder)
     watch = _Watch(torch.device(device))
     optimizer = None
     if vector_learning_rate is not None:
@@ -142,7 +154,10 @@ def train(
         if watch.stopped:
             raise TrainingInterrupted(trainer.state.global_step)
         history = trainer.state.log_history
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in _checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # what else came there meanwhile stays
+        folder.rmdir()
     block_tokens = len(blocks[0]["input_ids"])
     return TrainingResult(
         history=[(int(log["step"]), log["loss"]) for log in history if "loss" in log],
@@ -156,7 +171,12 @@ def train(
 def held_out_loss(
     model: PreTrainedModel, blocks: TokenBlocks, *, batch_size: int, device: str = "cpu", bf16: bool = False
 ) -> float:
-    """The mean next-token cross-entropy of `blocks` in nats, without training on them."""
+    """The mean next-token cross-entropy of `blocks` in nats, without training on them.
+
+    Raises:
+        ValueError: `device` is neither "cpu" nor "cuda", or cannot be used here.
+    """
+    _check_device(device)
     with tempfile.TemporaryDirectory() as folder:  # Trainer makes one even when nothing goes there
         args = TrainingArguments(
             output_dir=folder,
@@ -205,8 +225,29 @@ def parameter_groups(
             kind = "matrices" if parameter in matrices else "others"
             groups["vectors" if parameter in vectors else kind]["params"].append(parameter)
     if not any(group["params"] for group in groups.values()):
-        raise ValueError("model: expected at least one parameter that requires a gradient; got none")
+        raise ValueError(_NOTHING_TRAINS)
     return [group for group in groups.values() if group["params"]]
+
+
+def _check_device(device: str) -> None:
+    if device not in _DEVICES:
+        raise ValueError(f"device: expected one of {', '.join(_DEVICES)}; got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: expected cpu, as torch finds no CUDA device here; got {device!r}")
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError unless `folder` is one that training may write to, and remove from."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"folder: expected a folder; got {folder}, which is none")
+    own = _checkpoints(folder)
+    others = sorted(x.name for x in folder.iterdir() if x not in own and not x.name.startswith("."))
+    if others:
+        raise ValueError(
+            f"folder: expected a new or empty one, or the checkpoints of a run; got {folder}, which holds {others[0]}"
+        )
 
 
 def _arguments(
@@ -239,10 +280,15 @@ def _arguments(
     return args
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    """What the Trainer calls its checkpoints, oldest first."""
+    found = [x for x in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", x.name) and x.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def _last_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """The newest complete checkpoint in `folder`, and its `trainer_state.json`, which the Trainer writes last."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in reversed(checkpoints):
+    for checkpoint in reversed(_checkpoints(folder)):
         try:
             return checkpoint, json.loads((checkpoint / "trainer_state.json").read_text())
         except (OSError, ValueError):
