@@ -75,8 +75,8 @@ def multi_perspective_wkv(
         cu_seqlens: packed sequences of different lengths: [N + 1] int32 or int64, rising from 0 to T. Sequence n is
             tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1 of the one row of k and v (B = 1), computed as if it were
             alone; it may be empty. On k's device or on the CPU. Its values are checked: on a GPU the tensor is
-            read once, at its first use (a wait for the device), and again when it has been changed in place (by PyTorch:
-            of what a replayed CUDA graph writes nobody is told).
+            read once, at its first use (a wait for the device), and again when PyTorch has changed it in place (of what
+            a replayed CUDA graph writes nobody is told).
         reverse: run from the last token of each sequence to its first. y[t] then sums over i > t, with decays
             (i-1-t) w; initial_state comes before the last token, final_state after the first.
         backend: "auto" (Triton on a GPU where the package is installed, PyTorch elsewhere and for float64), "triton"
