@@ -201,6 +201,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.table:
+        try:
+            options.earlier = read(options.table)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--table: expected results that --json wrote; got {options.table} ({error!r})")
         return options
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -253,7 +257,7 @@ def _fill_in(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.table:
-        results = _selected(read(options.table), options)
+        results = _selected(options.earlier, options)
     else:
         if options.threads:
             torch.set_num_threads(options.threads)

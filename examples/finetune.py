@@ -52,10 +52,13 @@ class ModelArguments:
     perspective_noise: float | None = field(
         default=None, metadata={"help": "sets the perspectives apart at the start, such as 0.1"}
     )
-    train_parameters: Literal["vectors", "vectors+head", "perspectives", "perspectives+head", "all"] = field(
-        default="vectors",
+    train_parameters: (
+        Literal["vectors", "vectors+head", "perspectives", "perspectives+head", "all"] | None
+    ) = field(
+        default=None,
         metadata={
-            "help": "vectors: all seven of every block, and the selectors; perspectives: not those they share"
+            "help": "vectors: all seven of every block, and the selectors; perspectives: not those they share "
+            "(if not given: vectors, but all of a model from scratch without a LoRA)"
         },
     )
     vector_learning_rate: float | None = field(
@@ -68,6 +71,16 @@ class ModelArguments:
     lora_channel_mixing: bool = field(
         default=False, metadata={"help": "on the channel mixing's matrices too"}
     )
+
+    def __post_init__(self) -> None:
+        is_new = self.base == "scratch" and not self.lora_rank
+        if self.train_parameters is None:
+            self.train_parameters = "all" if is_new else "vectors"
+        if is_new and self.train_parameters != "all":
+            raise ValueError(
+                "train_parameters: expected all for a base from scratch, whose time mixing starts from zero matrices: "
+                f"while these are frozen no vector has a gradient; got {self.train_parameters}"
+            )
 
 
 @dataclass

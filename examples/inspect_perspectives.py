@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trwkv.cli import load_model
-from trwkv.data import load_tokenizer
+from trwkv.data import check_vocabulary, load_tokenizer
 from trwkv.diversity import half_lives, selector_weights, vector_distances
 from trwkv.report import format_table
 
@@ -64,12 +64,20 @@ def main() -> None:
         "--output", type=Path, default=Path("perspectives.png"), help="(default: %(default)s)"
     )
     options = parser.parse_args()
-    model = load_model(options.model, "float32").eval()
+    if not options.output.absolute().parent.is_dir():
+        parser.error(f"--output: expected a file in a folder that exists; got {options.output}")
+    try:
+        model = load_model(options.model, "float32").eval()
+        tokenizer = load_tokenizer(options.tokenizer or options.model)
+        check_vocabulary(tokenizer, model.config.vocab_size)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     P = model.config.n_perspectives
     if P < 2:
         parser.error(f"--model: expected two perspectives or more; {options.model} has {P}")
-    tokenizer = load_tokenizer(options.tokenizer or options.model)
     input_ids = tokenizer(options.text, return_tensors="pt")["input_ids"]
+    if not input_ids.shape[1]:
+        parser.error("--text: expected at least one token; got none")
     lives, apart = half_lives(model), vector_distances(model)
     weights = selector_weights(model, input_ids)
     rows = []

@@ -123,9 +123,84 @@ def test_convert_says_where_it_cannot_write(folder, tmp_path) -> None:
     ):
         cli.main(["convert", str(folder), str(tmp_path / "file")])
     assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(SystemExit, match=r"expected a folder.*it is a file"):
+        cli.main(["convert", "--rwkv4", str(folder), str(tmp_path / "file")])
+    for name in ("new.safetensors", "new.txt"):
+        with pytest.raises(
+            SystemExit, match=f"{name}: expected the name of a folder, or one that ends in .pth"
+        ):
+            cli.main(["convert", str(folder), str(tmp_path / name)])
+        assert not (tmp_path / name).exists()
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(SystemExit, match=r"expected a file, as it ends in \.pth; it is a folder"):
+        cli.main(["convert", str(folder), str(tmp_path / "folder.pth")])
+    cli.main(["convert", str(folder), str(tmp_path / "RWKV-4-1.5")])  # no suffix, but a version
+    assert (tmp_path / "RWKV-4-1.5" / "model.safetensors").is_file()
     for name in ("new.pth", "new.bin"):
         cli.main(["convert", str(folder), str(tmp_path / "made" / name)])
         assert (tmp_path / "made" / name).stat().st_size > 1000
+
+
+def test_convert_does_not_replace_its_source(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli.main(["convert", "--rwkv4", str(folder), "hf"])
+    cli.main(["convert", str(folder), "base.pth"])
+    (tmp_path / "link").symlink_to(tmp_path / "hf")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for source, target in (
+        ("hf", "hf"),
+        ("hf", str(tmp_path / "hf") + "/"),
+        ("link", "hf"),
+        ("base.pth", "./base.pth"),
+        ("hf/model.safetensors", "hf"),
+    ):
+        with pytest.raises(SystemExit, match=r"target: expected another place than the source.*; got "):
+            cli.main(["convert", source, target, "--dtype", "bfloat16"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+WITHOUT = """
+import sys
+sys.modules[sys.argv.pop(1)] = None  # as if it were not installed
+from trwkv.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [
+        ("transformers", "hf", ["convert", "FOLDER", "x"]),
+        ("transformers", "hf", ["generate", "--model", "FOLDER", "--prompt", "a"]),
+        ("safetensors", "hf", ["generate", "--model", "FOLDER", "--prompt", "a"]),
+        ("lm_eval", "eval", ["eval", "--model", "FOLDER", "--tasks", "PASSAGES"]),
+        ("lm_eval", "eval", ["lm-eval", "--model", "trwkv"]),
+        ("datasets", "eval", ["eval", "--model", "FOLDER", "--tasks", "PASSAGES"]),
+    ],
+)
+def test_a_missing_extra_is_named(module, extra, command, folder, tmp_path) -> None:
+    (tmp_path / "passages.jsonl").write_text('{"text": "a b c"}\n')
+    words = {"FOLDER": str(folder), "PASSAGES": str(tmp_path / "passages.jsonl")}
+    arguments = [words.get(word, word) for word in command]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, module, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    expected = f'trwkv {command[0]}: needs {module}, which is not installed; pip install "trwkv[{extra}]"'
+    assert done.stderr.splitlines()[-1] == expected
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_module_of_no_extra_is_not_hidden(monkeypatch) -> None:
+    def fail(*_):
+        import no_such_module  # noqa: F401
+
+    monkeypatch.setattr(cli, "_convert", fail)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        cli.main(["convert", "a", "b"])
 
 
 def test_a_hub_id_brings_its_tokenizer(folder, tmp_path, monkeypatch) -> None:
@@ -222,7 +297,15 @@ def test_wrong_input(arguments, message, folder) -> None:
 
 
 @pytest.mark.parametrize(
-    "option, value", [("--temperature", "nan"), ("--temperature", "-1"), ("--device", "nope")]
+    "option, value",
+    [
+        ("--temperature", "nan"),
+        ("--temperature", "-1"),
+        ("--device", "nope"),
+        ("--top-p", "2"),
+        ("--top-p", "0"),
+        ("--top-p", "nan"),
+    ],
 )
 def test_wrong_options(option, value, folder, capsys) -> None:
     with pytest.raises(SystemExit):

@@ -68,6 +68,33 @@ def test_errors(tmp_path):
         load_tokenizer(str(tmp_path / "missing"))
 
 
+@pytest.mark.parametrize("context_length", [0, -1])
+def test_a_block_has_a_token(context_length):
+    with pytest.raises(ValueError, match=f"context_length: expected a .* at least 1; got {context_length}"):
+        token_blocks("embedded", TOKENIZER, context_length=context_length, max_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9\n", "expected UTF-8; .*position 3"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "expected UTF-8; "),
+        ("a.txt.gz", gzip.compress(b"caf\xe9\n", mtime=0), "expected UTF-8; "),
+        ("b.txt.gz", b"text", "cannot be read: Not a gzipped file"),
+        ("b.jsonl", b'{"text": "a"}\nno json\n', "cannot be read: JSON parse error"),
+        ("c.jsonl", b"", "expected text; the file has none"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_file_that_cannot_be_read_is_named(name, content, message, tmp_path):
+    (tmp_path / "first.txt").write_text("fine\n")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^training text .*{name}: {message}"):
+        token_blocks(
+            f"{tmp_path / 'first.txt'},{tmp_path / name}", TOKENIZER, context_length=4, max_tokens=100
+        )
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -89,6 +116,14 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     for name in ("tokenizer.json", "rwkv.pth", "folder", "missing"):
         with pytest.raises(ValueError, match=f"{name}'?: expected .*tokenizer.json"):
             load_tokenizer(str(tmp_path / name))
+
+
+def test_a_vocabulary_of_world_models_is_refused(tmp_path):
+    (tmp_path / "rwkv_vocab_v20230424.txt").write_text("1 '\\x00' 1\n")
+    with pytest.raises(
+        ValueError, match=r"expected a tokenizer\.json or a folder; got a vocabulary of the World models"
+    ):
+        load_tokenizer(str(tmp_path / "rwkv_vocab_v20230424.txt"))
 
 
 def test_a_row_without_text_is_refused(tmp_path):

@@ -112,12 +112,13 @@ def test_random_state_is_left_alone(model, passages):
         ('{"passage": "a b"}\n', "passage 1: expected"),
         ('{"text": "a b"}\nnot json\n', "passage 2: expected"),
         ('{"text": "word"}\n', "a context and a last word"),
+        (b'{"text": "a caf\xe9"}\n', r"x\.jsonl: expected UTF-8; "),
     ],
 )
 def test_bad_files(model, tmp_path, content, named):
     path = tmp_path / "x.jsonl"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=named):
         evaluate(model, TOKENIZER, [path])
 

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 DTYPES = ("float32", "bfloat16", "float16")
+# how names of files end that are no folders (that of "RWKV-4-1.5" is one)
+_FILE_SUFFIXES = (".safetensors", ".pt", ".ckpt", ".gguf", ".ggml", ".json", ".txt", ".zip")
+_EXTRAS = {  # what brings the modules that a command imports
+    **dict.fromkeys(("transformers", "tokenizers", "huggingface_hub", "safetensors", "accelerate"), "hf"),
+    **dict.fromkeys(("lm_eval", "datasets"), "eval"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,6 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.run(options)
     except (OSError, ValueError) as error:
         sys.exit(f"trwkv {options.command}: {error}")
+    except ModuleNotFoundError as error:
+        module = _missing_module(error)
+        if module not in _EXTRAS:
+            raise
+        extra = f'pip install "trwkv[{_EXTRAS[module]}]"'
+        sys.exit(f"trwkv {options.command}: needs {module}, which is not installed; {extra}")
+
+
+def _missing_module(error: BaseException) -> str:
+    """The package that is not there; transformers raises an error of its own from the one that names it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (getattr(error, "name", None) or "").partition(".")[0]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--temperature", type=_temperature, default=1.0, help="0 is greedy (default: %(default)s)"
     )
-    generate.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
+    generate.add_argument("--top-p", type=_top_p, default=0.9, help="(default: %(default)s)")
     generate.add_argument("--seed", type=int, help="makes sampling repeatable")
     generate.set_defaults(run=_generate)
 
@@ -92,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     harness.set_defaults(run=_harness)
     return parser
+
+
+def _top_p(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1; got {text}")
+    return float(text)
 
 
 def _temperature(text: str) -> float:
@@ -139,13 +164,10 @@ def load_model(source: str, dtype: str | None = None, **options: Any) -> Tempora
 
 
 def _convert(options: argparse.Namespace) -> None:
+    _check_target(options)
     is_file = options.rwkv4 or options.target.suffix in (".pth", ".bin")
     if is_file and options.tokenizer:
         raise ValueError(f"--tokenizer: only for a folder of this package; the target is {options.target}")
-    if not is_file and options.target.is_file():
-        raise ValueError(
-            f"{options.target}: expected a folder, or a name that ends in .pth or .bin; it is a file"
-        )
     wanted = {
         "n_perspectives": options.perspectives,
         "placement": options.placement,
@@ -162,6 +184,22 @@ def _convert(options: argparse.Namespace) -> None:
         save_tokenizer(options.target)
     count = model.count_parameters()
     print(f"{options.target}: {count.total:,} parameters, of which perspectives add {count.added:,}")
+
+
+def _check_target(options: argparse.Namespace) -> None:
+    """Raise ValueError where the target would replace the source, or is a file for a folder or the other way round."""
+    source, target = Path(options.source), options.target
+    if source.exists() and source.resolve() in (target.resolve(), (target / "model.safetensors").resolve()):
+        raise ValueError(
+            f"target: expected another place than the source, which it would replace; got {target}"
+        )
+    if target.suffix in (".pth", ".bin"):
+        if target.is_dir():
+            raise ValueError(f"{target}: expected a file, as it ends in {target.suffix}; it is a folder")
+    elif target.is_file():
+        raise ValueError(f"{target}: expected a folder, or a name that ends in .pth or .bin; it is a file")
+    elif target.suffix in _FILE_SUFFIXES and not target.is_dir():
+        raise ValueError(f"{target}: expected the name of a folder, or one that ends in .pth or .bin")
 
 
 def _tokenizer_of(options: argparse.Namespace, model: TemporalRwkvForCausalLM) -> Callable[[Path], Any]:

@@ -72,8 +72,11 @@ def token_blocks(
         seed: of the embedded passages, and of the order of a hub dataset's documents.
 
     Raises:
-        ValueError: the source cannot be read, has no text, or is shorter than two blocks.
+        ValueError: `context_length` is less than 1, or the source cannot be read, has no text, or is shorter than two
+            blocks.
     """
+    if context_length < 1:
+        raise ValueError(f"context_length: expected a whole number of at least 1; got {context_length}")
     check_train_source(source)
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: expected one with an end-of-text token (eos_token), got one without")
@@ -104,26 +107,42 @@ def _batches(source: str, seed: int) -> Iterator[tuple[list[str], list[bool]]]:
             batch = texts[start : start + _BATCH_ROWS]
             yield batch, [True] * len(batch)
         return
-    import datasets
-
     if is_hub_id(source):
+        import datasets
+
         name, _, configuration = source.partition(":")
         rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
-        yield from _documents(rows.shuffle(seed=seed, buffer_size=_BATCH_ROWS), source)
+        rows = rows.shuffle(seed=seed, buffer_size=_BATCH_ROWS)
+        yield from _documents(rows.iter(batch_size=_BATCH_ROWS), source)
         return
     for path in source.split(","):
         kind = _file_kind(path)
-        rows = datasets.load_dataset(kind, data_files=path, split="train", streaming=True)
         if kind == "json":
-            yield from _documents(rows, path)
+            yield from _documents(_file_batches(path, kind), path)
         else:
-            for batch in rows.iter(batch_size=_BATCH_ROWS):
-                yield [line + "\n" for line in batch["text"]], [False] * len(batch["text"])
+            for lines in _file_batches(path, kind):
+                yield [line + "\n" for line in lines["text"]], [False] * len(lines["text"])
             yield [""], [True]
 
 
-def _documents(rows, source: str) -> Iterator[tuple[list[str], list[bool]]]:
-    for batch in rows.iter(batch_size=_BATCH_ROWS):
+def _file_batches(path: str, kind: str | None) -> Iterator[dict[str, list[Any]]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(kind, data_files=path, split="train", streaming=True)
+        yield from rows.iter(batch_size=_BATCH_ROWS)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"training text {path}: expected UTF-8; {error}") from error
+    except StopIteration as error:  # load_dataset's, of a jsonl file without a row
+        raise ValueError(f"training text {path}: expected text; the file has none") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"training text {path}: cannot be read: {error}") from error
+
+
+def _documents(
+    batches: Iterator[dict[str, list[Any]]], source: str
+) -> Iterator[tuple[list[str], list[bool]]]:
+    for batch in batches:
         if "text" not in batch:
             raise ValueError(f'training text {source}: expected a "text" field, got {", ".join(batch)}')
         if not all(isinstance(text, str) for text in batch["text"]):
@@ -222,7 +241,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     path = Path(source)
     if path.is_file():
         if path.suffix != ".json":
-            raise ValueError(f"tokenizer {source}: expected a tokenizer.json or a folder; got another file")
+            is_world = path.name.startswith("rwkv_vocab")
+            got = "a vocabulary of the World models, which is not read" if is_world else "another file"
+            raise ValueError(f"tokenizer {source}: expected a tokenizer.json or a folder; got {got}")
         try:
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
         except Exception as error:  # tokenizers raises no other

@@ -132,7 +132,10 @@ def _is_file(task: str | Path) -> bool:
 def _check_passages(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"evaluation file {path} does not exist")
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"evaluation file {path}: expected UTF-8; {error}") from error
     for number, line in enumerate(lines, 1):
         try:
             text = json.loads(line)["text"]

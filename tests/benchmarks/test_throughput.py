@@ -153,6 +153,11 @@ def test_necessary_bytes():
         (["--device", "cpu", "--resume"], "needs --json"),
         (["--device", "cpu", "--json", "/nowhere/at/all.json"], "a folder that exists"),
         (["--device", "cpu", "--json", __file__], "exists; --resume goes on with it"),
+        (
+            ["--table", "/nosuch"],
+            "--table: expected results that --json wrote; got /nosuch (FileNotFoundError",
+        ),
+        (["--table", __file__], "--table: expected results that --json wrote; got "),
     ],
 )
 def test_bad_options_say_what_is_expected(arguments, message, capsys):

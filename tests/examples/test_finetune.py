@@ -102,6 +102,13 @@ def test_the_committed_file_and_the_guide_have_options_that_exist():
     assert {"base", "max_steps", "lora_rank"} <= named <= known
 
 
+def test_a_new_model_trains_whole_by_default(finished, tmp_path):
+    assert_equal(run(tmp_path / "run", train_parameters=None), weights(finished / "model"))
+    defaults = [script.parse(["--output_dir", "x", *more])[0] for more in ([], ["--base", "x"])]
+    defaults += [script.parse(["--output_dir", "x", "--lora_rank", "2"])[0]]
+    assert [model.train_parameters for model in defaults] == ["all", "vectors", "vectors"]
+
+
 def test_a_run_is_continued_bit_for_bit(finished, tmp_path):
     shutil.copytree(finished / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     continued = run(tmp_path / "run", resume_from_checkpoint="latest")
@@ -182,6 +189,8 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
         ({"hidden_size": "wide"}, "invalid int value"),
         ({"train_parameters": "vector"}, "train_parameters: expected one of vectors, vectors+head, persp"),
         ({"placement": "sideways"}, "placement: expected one of layer, stream; got 'sideways'"),
+        ({"train_parameters": "vectors"}, "train_parameters: expected all for a base from scratch"),
+        ({"train_parameters": "perspectives+head"}, "no vector has a gradient; got perspectives+head"),
         ({"base": "missing.pth"}, "missing.pth"),
         ({"train": "missing.txt"}, "missing.txt does not exist"),
         ({"lora_rank": 2, "train_parameters": "all"}, "with a LoRA; got all"),

@@ -14,9 +14,8 @@ pytest.importorskip("matplotlib", reason="draws a plot")
 
 def small_model(**options):
     torch.manual_seed(0)
-    config = TemporalRwkvConfig(
-        vocab_size=260, hidden_size=8, num_hidden_layers=2, n_perspectives=2, **options
-    )
+    settings = {"vocab_size": 260, "hidden_size": 8, "num_hidden_layers": 2, "n_perspectives": 2} | options
+    config = TemporalRwkvConfig(**settings)
     return TemporalRwkvForCausalLM(config).eval()
 
 
@@ -42,9 +41,41 @@ def test_tokens_are_no_formulas(tmp_path):
 
 def test_one_perspective_is_refused(tmp_path, monkeypatch, capsys):
     TemporalRwkvForCausalLM(
-        TemporalRwkvConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1)
+        TemporalRwkvConfig(vocab_size=260, hidden_size=8, num_hidden_layers=1)
     ).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--model", str(tmp_path)])
     with pytest.raises(SystemExit):
         inspect_perspectives.main()
     assert "expected two perspectives or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "missing"], "no file or folder 'missing'"),
+        (["--model", "model"], "expected a folder with tokenizer.json"),
+        (["--model", "model", "--tokenizer", "missing"], "tokenizer 'missing': expected"),
+        (
+            ["--model", "model", "--tokenizer", "bytes", "--text", ""],
+            "--text: expected at least one token; got none",
+        ),
+        (
+            ["--model", "small", "--tokenizer", "bytes"],
+            "tokenizer: expected at most the model's 9 tokens; got",
+        ),
+        (
+            ["--model", "model", "--output", "no/where.png"],
+            "--output: expected a file in a folder that exists",
+        ),
+    ],
+)
+def test_what_is_wrong_is_the_parsers_error(arguments, message, tmp_path, monkeypatch, capsys):
+    small_model().save_pretrained(tmp_path / "model")
+    small_model(vocab_size=9).save_pretrained(tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        inspect_perspectives.main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
