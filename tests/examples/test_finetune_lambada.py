@@ -30,7 +30,7 @@ TINY = shlex.split(
 
 def run_until(arguments, folder, wait_for, signal_number):
     """Run the script in a process of its own, and send it a signal as soon as `wait_for` exists in `folder`."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments, "--output", str(folder)],
         env=environment,
