@@ -28,9 +28,18 @@ TINY = shlex.split(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Here as in `run_until`: with another number the weights would differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run_until(arguments, folder, wait_for, signal_number):
     """Run the script in a process of its own, and send it a signal as soon as `wait_for` exists in `folder`."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments, "--output", str(folder)],
         env=environment,
