@@ -189,7 +189,8 @@ def test_a_missing_extra_is_named(module, extra, command, folder, tmp_path) -> N
         check=False,
     )
     assert done.returncode == 1
-    expected = f'trwkv {command[0]}: needs {module}, which is not installed; pip install "trwkv[{extra}]"'
+    how = f'pip install -e ".[{extra}]" in a clone of trwkv'
+    expected = f"trwkv {command[0]}: needs {module}, which is not installed: {how}"
     assert done.stderr.splitlines()[-1] == expected
     assert "Traceback" not in done.stderr
 

@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module = _missing_module(error)
         if module not in _EXTRAS:
             raise
-        extra = f'pip install "trwkv[{_EXTRAS[module]}]"'
-        sys.exit(f"trwkv {options.command}: needs {module}, which is not installed; {extra}")
+        extra = f'pip install -e ".[{_EXTRAS[module]}]" in a clone of trwkv'
+        sys.exit(f"trwkv {options.command}: needs {module}, which is not installed: {extra}")
 
 
 def _missing_module(error: BaseException) -> str:
