@@ -34,6 +34,15 @@ def emulation() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Where bits are compared that depend on how many there are: of matrix products, of runs in other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 _from_workers: Counter[tuple[str, str]] = Counter()
 
 

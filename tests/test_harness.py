@@ -17,16 +17,10 @@ from trwkv import cli
 from trwkv.models import TemporalRwkvConfig, TemporalRwkvForCausalLM
 from trwkv.synthetic import byte_tokenizer, lambada_passages
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FORMATS = {"official": "rwkv4.pth", "rwkv.cpp": "rwkv4.bin", "transformers": "hf", "trwkv": "folder"}
 SETTINGS = [("1", False), ("8", True)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ import torch
 from trwkv.models import TemporalRwkvForCausalLM
 from trwkv.synthetic import lambada_passages
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in `run_until`
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "finetune_lambada.py"
 DATA = Path(os.environ.get("TRWKV_DATA", ROOT.parent / "shared" / "data"))
@@ -26,15 +28,6 @@ TINY = shlex.split(
     "--hidden-size 8 --layers 2 --context-length 32 --batch-size 2 --base-steps 20 --steps 20 --eval-limit 8 "
     "--selector-noise 0.1 --device cpu"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Here as in `run_until`: with another number the weights would differ in their last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_until(arguments, folder, wait_for, signal_number):
