@@ -25,7 +25,7 @@ from trwkv.ops.wkv.kernel_math import (
     store_triple,
     zeros,
 )
-from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk
+from trwkv.ops.wkv.kernel_rows import first_slot, locate_chunk
 from trwkv.ops.wkv.kernel_tiles import load_tile, no_rows, no_tile, prefetch_rows, tile_source
 from trwkv.ops.wkv.kernel_unit import enter_tile, join, split
 
@@ -68,12 +68,9 @@ def wkv_chunk_adjoint_kernel(
     c0 = (tl.program_id(0) % n_blocks) * BLOCK_C
     index = tl.program_id(0) // n_blocks
     c = c0 + tl.arange(0, BLOCK_C)
-    i_s, i_n, first, length = locate_chunk(
-        cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, False
+    i_s, i_n, first, length, row0, begin, end = locate_chunk(
+        cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, False, REVERSE
     )
-    row0 = first_row(first, length, REVERSE)
-    begin = i_n * chunk_len
-    end = tl.minimum(begin + chunk_len, length)
     if (i_n == 0) | (begin >= length):  # the first chunk's is found with its gradients; or no chunk at all
         return
     p_states = states + first_slot(i_s, first, SEGMENT, slots, VARLEN, 2) * (3 * P * C)

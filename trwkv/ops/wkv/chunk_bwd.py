@@ -24,7 +24,7 @@ from trwkv.ops.wkv.kernel_math import (
     user_exponent,
     zeros,
 )
-from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk
+from trwkv.ops.wkv.kernel_rows import first_slot, locate_chunk
 from trwkv.ops.wkv.kernel_tiles import no_tile, prefetch_rows, tile_source
 from trwkv.ops.wkv.kernel_unit import enter_tile, exponents
 
@@ -102,12 +102,9 @@ def wkv_chunk_bwd_kernel(
     lane = tl.arange(0, BLOCK_C)
     c0 = i_c * BLOCK_C
     c = c0 + lane
-    i_s, i_n, first, length = locate_chunk(
-        cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE
+    i_s, i_n, first, length, row0, begin, end = locate_chunk(
+        cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE, REVERSE
     )
-    row0 = first_row(first, length, REVERSE)
-    begin = i_n * chunk_len
-    end = tl.minimum(begin + chunk_len, length)
     if VARLEN:
         if begin >= length:  # of an empty sequence, or no chunk at all
             return

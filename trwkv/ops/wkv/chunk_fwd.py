@@ -38,7 +38,7 @@ from trwkv.ops.wkv.kernel_math import (
     zeros,
 )
 from trwkv.ops.wkv.kernel_outputs import channel_weights, gated, store_output, store_token_state, sum_so_far
-from trwkv.ops.wkv.kernel_rows import first_row, first_slot, locate_chunk
+from trwkv.ops.wkv.kernel_rows import first_slot, locate_chunk
 from trwkv.ops.wkv.kernel_tiles import load_rows, load_tile, no_tile, prefetch_rows, tile_source, widen
 from trwkv.ops.wkv.kernel_unit import enter_tile, join, split
 
@@ -94,12 +94,9 @@ def wkv_chunk_fwd_kernel(
     sums = (output, partial)
     c = c0 + tl.arange(0, BLOCK_C)
     index = tl.program_id(0) // n_blocks
-    i_s, i_n, first, length = locate_chunk(
-        cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE
+    i_s, _i_n, first, length, row0, begin, end = locate_chunk(
+        cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE, REVERSE
     )
-    row0 = first_row(first, length, REVERSE)
-    begin = i_n * chunk_len
-    end = tl.minimum(begin + chunk_len, length)
     if VARLEN:
         if begin >= length:  # of an empty sequence, or no chunk at all
             return

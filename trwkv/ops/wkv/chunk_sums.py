@@ -24,14 +24,13 @@ from trwkv.ops.wkv.kernel_math import (
     exponent_near,
     load_decay,
     load_row,
-    normalise,
     ones,
     pow2,
     split_k,
     store_triple,
     zeros,
 )
-from trwkv.ops.wkv.kernel_rows import first_row, locate_chunk
+from trwkv.ops.wkv.kernel_rows import locate_chunk
 from trwkv.ops.wkv.kernel_tiles import (
     extremes,
     load_rows,
@@ -41,6 +40,7 @@ from trwkv.ops.wkv.kernel_tiles import (
     tile_source,
     widen,
 )
+from trwkv.ops.wkv.kernel_unit import split
 
 
 @triton.jit(do_not_specialize=["T", "chunk_len", "n_chunks", "n_sequences"])
@@ -68,13 +68,10 @@ def wkv_chunk_sums_kernel(
     c0 = (tl.program_id(0) % n_blocks) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     index = tl.program_id(0) // n_blocks
-    _, i_n, first, length = locate_chunk(
-        cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, False
+    _, _, _, length, row0, begin, end = locate_chunk(
+        cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, False, REVERSE
     )
-    row0 = first_row(first, length, REVERSE)
-    begin = i_n * chunk_len
-    end = begin + chunk_len
-    if end >= length:  # what the last chunk adds nobody needs; or no chunk at all
+    if end == length:  # what the last chunk adds nobody needs; or no chunk at all
         return
 
     decay, _, decay_exponent = load_decay(w, c, 1.0, C, P, BLOCK_C)
@@ -119,15 +116,8 @@ def wkv_chunk_sums_kernel(
         is_safe = (exponent_near(k_min) - top >= limit) & (tl.abs(top) <= SAFE_TOP)  # not with NaN
         is_fast = tl.min(is_safe.to(tl.int32), 0) > 0
 
-    A_out = ()
-    B_out = ()
-    O_out = ()
-    for p in tl.static_range(P):
-        scale, o = normalise(A[p], B[p], O[p])
-        A_out += (A[p] * scale,)
-        B_out += (B[p] * scale,)
-        O_out += (o,)
-    store_triple(chunks + index.to(tl.int64) * (3 * P * C), c, A_out, B_out, O_out, C, P, BLOCK_C)
+    A, B, O, _ = split(A, B, O, (), False, P)
+    store_triple(chunks + index.to(tl.int64) * (3 * P * C), c, A, B, O, C, P, BLOCK_C)
 
 
 @triton.jit

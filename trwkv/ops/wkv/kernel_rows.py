@@ -35,21 +35,27 @@ def locate_sequence(cu_seqlens, i_s, T, VARLEN: tl.constexpr):
 
 @triton.jit
 def locate_chunk(
-    cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN: tl.constexpr, SINGLE: tl.constexpr
-):
-    """Of the index-th program along T: sequence (int64), chunk within it, the sequence's first row and its tokens."""
+    cu_seqlens, index, T, chunk_len, n_chunks, n_sequences,
+    VARLEN: tl.constexpr, SINGLE: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Of the index-th program along T: sequence (int64), chunk within it, the sequence's first row and its tokens; the
+    row of the first token in running order, and which tokens the chunk has: from begin to end - 1.
+    """
     if SINGLE:
         i_s = index.to(tl.int64)
         first, length = locate_sequence(cu_seqlens, i_s, T, VARLEN)
-        return i_s, index * 0, first, length
+        i_n = index * 0
     elif VARLEN:
         i_s = sequence_at(cu_seqlens, index, chunk_len, n_sequences).to(tl.int64)
         first, length = locate_sequence(cu_seqlens, i_s, T, VARLEN)
-        return i_s, (index - (first // chunk_len + i_s)).to(tl.int32), first, length
+        i_n = (index - (first // chunk_len + i_s)).to(tl.int32)
     else:
         i_s = (index // n_chunks).to(tl.int64)
         first, length = locate_sequence(cu_seqlens, i_s, T, VARLEN)
-        return i_s, index % n_chunks, first, length
+        i_n = index % n_chunks
+    begin = i_n * chunk_len
+    end = tl.minimum(begin + chunk_len, length)
+    return i_s, i_n, first, length, first_row(first, length, REVERSE), begin, end
 
 
 @triton.jit
