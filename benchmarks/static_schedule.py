@@ -106,10 +106,10 @@ class Kernels(NamedTuple):
         chunks = math.ceil(T / chunk_len)
         programs = B * math.ceil(C / self.results.channels) * chunks
         first, second = self.bytes_per_element
-        if chunks > 1:  # what the first walk read last, the second reads first
-            second -= first * min(1.0, CACHE / (B * T * C * second))
-        total = LAUNCH + self.results.seconds(programs, chunk_len, second)
+        total = 0.0
         if chunks > 1:
             total += LAUNCH + self.summary.seconds(programs, chunk_len, first)
             total += LAUNCH + chunks * self.scan / CLOCK
-        return total
+            # what the first walk read last, the second reads first
+            second -= first * min(1.0, CACHE / (B * T * C * second))
+        return total + LAUNCH + self.results.seconds(programs, chunk_len, second)

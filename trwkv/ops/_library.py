@@ -59,11 +59,8 @@ def differentiable(name: str, keep: Callable, formula: Callable) -> Callable:
             return op(*args)
         if torch._C._are_functorch_transforms_active():
             return Transformed.apply(*args)
-        if (
-            is_gradient_needed(*args) or forward_ad._current_level >= 0
-        ):  # below autograd a tangent would be lost
-            return Eager.apply(*args)
-        return below_autograd(*args)
+        is_forward_mode = forward_ad._current_level >= 0  # below autograd a tangent would be lost
+        return Eager.apply(*args) if is_gradient_needed(*args) or is_forward_mode else below_autograd(*args)
 
     return call
 

@@ -11,8 +11,8 @@ from trwkv.ops import _dispatch
 from trwkv.ops._compile import Launch, intercept_launches
 from trwkv.ops._dispatch import is_interpreting
 from trwkv.testing import ops
-from trwkv.testing.ptx.machine import WARP, Machine
-from trwkv.testing.ptx.memory import Memory
+from trwkv.testing.ptx.machine import Machine
+from trwkv.testing.ptx.memory import WARP, Memory
 from trwkv.testing.ptx.parse import Program, parse
 
 _PROGRAMS: dict[tuple, Program] = {}

@@ -7,11 +7,9 @@ from numpy.typing import NDArray
 
 from trwkv.testing.ptx.arithmetic import WIDTHS, Bits, dtype
 from trwkv.testing.ptx.dependence import loads_handed_over
-from trwkv.testing.ptx.memory import Memory, MemoryFault
+from trwkv.testing.ptx.memory import WARP, Memory, MemoryFault
 from trwkv.testing.ptx.operations import UnknownInstruction, operation_of
 from trwkv.testing.ptx.parse import Address, Immediate, Instruction, Operand, Program, Vector
-
-WARP = 32
 
 
 class Machine:

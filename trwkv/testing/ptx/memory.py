@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+WARP = 32
 _SPACING = 1 << 44
 _UNIT = 2  # bytes: the smallest that is loaded or stored
 _NOBODY, _SEVERAL = -1, -2
-_WARP = 32
 
 
 class MemoryFault(Exception):
@@ -134,7 +134,7 @@ class Memory:
         now = self.barriers[self._programs[lanes]]
         self._check(buffer, "written", lanes, now, buffer.writer[units], buffer.written[units])
         readers = buffer.reader[units]
-        is_in_warp = (readers >= 0) & (readers != lanes) & (readers // _WARP == lanes // _WARP)
+        is_in_warp = (readers >= 0) & (readers != lanes) & (readers // WARP == lanes // WARP)
         if is_in_warp.any():
             readers = np.where(is_in_warp & np.isin(buffer.load[units], waits_for()), _NOBODY, readers)
         self._check(buffer, "written", lanes, now, readers, buffer.read[units])
