@@ -52,7 +52,11 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: TemporalRwkvCache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: TemporalRwkvCache | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         if self.layer_index == 0:
             x = self.ln0(x)
@@ -66,6 +70,7 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
             shift_state=state.attention_shift,
             wkv_state=state.wkv,
             output_state=cached,
+            cu_seqlens=cu_seqlens,
             scale=scale,
         )
         x = x + attention
@@ -74,6 +79,7 @@ class TemporalRwkvBlock(GradientCheckpointingLayer):
             mask=mask,
             shift_state=state.feed_forward_shift,
             output_state=cached,
+            cu_seqlens=cu_seqlens,
             scale=scale,
         )
         if cached:

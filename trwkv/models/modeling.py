@@ -1,6 +1,6 @@
 """RWKV-4 with multiple temporal perspectives, in Hugging Face conventions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from os import PathLike
 
 import torch
@@ -14,12 +14,12 @@ from trwkv.models.block import TemporalRwkvBlock, new_selector
 from trwkv.models.cache import TemporalRwkvCache, the_cache
 from trwkv.models.configuration import TemporalRwkvConfig
 from trwkv.models.generation import TemporalRwkvGenerationMixin
-from trwkv.models.outputs import ParameterCount, TemporalRwkvCausalLMOutput, TemporalRwkvOutput
+from trwkv.models.outputs import TemporalRwkvCausalLMOutput, TemporalRwkvOutput
+from trwkv.models.packing import check_packed, without_first_tokens
 from trwkv.models.padding import last_token_place, padding_first, reorder, token_mask
+from trwkv.models.parameters import TemporalRwkvParametersMixin
 from trwkv.models.weights import rwkv4_state, with_rwkv4_weights
 from trwkv.modules import (
-    CHANNEL_VECTORS,
-    TIME_VECTORS,
     ChannelMixing,
     PerspectiveSelector,
     RwkvLinear,
@@ -84,6 +84,7 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: TemporalRwkvCache | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> TemporalRwkvOutput:
         """Run B sequences of T tokens.
 
@@ -96,19 +97,25 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             cache: state to continue from; updated in place. After a row's first token a cache allows no more
                 padding in it.
             past_key_values: `cache` under the name that it had before transformers 5.24.
-            use_cache: return the state (default: `config.use_cache`, but not in training).
+            use_cache: return the state (default: `config.use_cache`, but not in training nor with `cu_seqlens`).
+            cu_seqlens: packed sequences, [N + 1] int32 or int64, rising from 0 to T, on the model's device or the CPU:
+                tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1 of the one row (B = 1) are computed as if they were alone.
+                There is no mask and no cache then.
 
         Raises:
-            TypeError: `cache` of another model's kind.
+            TypeError: `cache` of another model's kind, a `cu_seqlens` that is no tensor of whole numbers.
             ValueError: neither or both inputs, one of another shape, a mask or a cache that does not fit, padding after
-                a cached token, a cache under both names.
+                a cached token, a cache under both names, `cu_seqlens` that does not fit.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self._embedded(input_ids, inputs_embeds)
         given = the_cache(cache, past_key_values)
-        use_cache, cache = self._choose_cache(use_cache, given)
         B, T = x.shape[:2]
+        if cu_seqlens is not None:
+            check_packed(B, attention_mask=attention_mask, cache=given, use_cache=use_cache)
+            use_cache = False
+        use_cache, cache = self._choose_cache(use_cache, given)
         if cache is not None:
             if cache.n_rows not in (None, B):
                 raise ValueError(
@@ -122,7 +129,7 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
             x, mask = reorder(x, order), mask.gather(1, order)
         if cache is not None and cache.recording is not None:
             cache.recording.append(x, mask)
-        hidden_states = self._run_blocks(x, mask, cache, output_hidden_states)
+        hidden_states = self._run_blocks(x, mask, cache, output_hidden_states, cu_seqlens)
         x = self.ln_out(hidden_states.pop())
         if self.has_streams:
             x = merge_perspectives(x, self.selector(x.mean(dim=2)))
@@ -154,6 +161,7 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         mask: Tensor | None,
         cache: TemporalRwkvCache | None,
         output_hidden_states: bool | None,
+        cu_seqlens: Tensor | None = None,
     ) -> list[Tensor]:
         """The output of the last block, after the inputs of all where asked for."""
         if cache is not None:
@@ -164,7 +172,7 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         hidden_states = []
         for block in self.blocks:
             hidden_states += [x] if output_hidden_states else []
-            x = block(x, mask, cache=cache)
+            x = block(x, mask, cache=cache, cu_seqlens=cu_seqlens)
         return [*hidden_states, x]
 
     def replay(self, cache: TemporalRwkvCache) -> None:
@@ -195,7 +203,9 @@ class TemporalRwkvModel(TemporalRwkvPreTrainedModel):
         return use_cache, TemporalRwkvCache(layers) if cache is None and use_cache else cache
 
 
-class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGenerationMixin):
+class TemporalRwkvForCausalLM(
+    TemporalRwkvPreTrainedModel, TemporalRwkvParametersMixin, TemporalRwkvGenerationMixin
+):
     """The model with its head. `from_rwkv4` gives an RWKV-4 checkpoint perspectives; `to_rwkv4` writes one.
 
     Loaded in half precision (`from_pretrained(dtype=...)`, `from_rwkv4(dtype=...)`) it keeps decay and bonus in
@@ -308,14 +318,17 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: TemporalRwkvCache | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> TemporalRwkvCausalLMOutput:
         """Logits of the next token, and the loss where `labels` are given.
 
-        The first arguments and `past_key_values` are those of `TemporalRwkvModel.forward`. With streams the gate
-        mixes the normalised outputs rather than the logits: the same thing, the head being linear, at 1/P of its cost.
+        The first arguments, `past_key_values` and `cu_seqlens` are those of `TemporalRwkvModel.forward`. With streams
+        the gate mixes the normalised outputs rather than the logits: the same thing, the head being linear, at 1/P of
+        its cost.
 
         Args:
-            labels: [B, T], as `input_ids` (they are shifted here); -100 is not counted.
+            labels: [B, T], as `input_ids` (they are shifted here); -100 is not counted, nor is the first token of a
+                packed sequence.
             logits_to_keep: compute the last so many only (0: all), or those at the given positions.
             num_items_in_batch: divide the loss by this instead of by the labels of this call (Trainer's
                 gradient accumulation).
@@ -334,11 +347,14 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            cu_seqlens=cu_seqlens,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            if cu_seqlens is not None:
+                labels = without_first_tokens(labels, cu_seqlens)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -346,54 +362,3 @@ class TemporalRwkvForCausalLM(TemporalRwkvPreTrainedModel, TemporalRwkvGeneratio
                 num_items_in_batch=num_items_in_batch,
             )
         return TemporalRwkvCausalLMOutput(loss, logits, outputs.cache, outputs.hidden_states)
-
-    def perspective_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of what perspectives consist of: the vectors named by
-        `config.perspective_vectors`, one
-        row per perspective, and the selectors. With P = 1 those vectors are the base's own."""
-        for name, parameter in self.named_parameters():
-            if _vector_name(name) in self.config.perspective_vectors or "selector." in name:
-                yield name, parameter
-
-    def vector_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of the seven vectors of every block, those that perspectives share (by default the
-        token-shift mixes) included, and of the selectors."""
-        for name, parameter in self.named_parameters():
-            if _vector_name(name) in TIME_VECTORS + CHANNEL_VECTORS or "selector." in name:
-                yield name, parameter
-
-    def freeze_base(
-        self, *, train_head: bool = False, train_vectors: bool = True
-    ) -> "TemporalRwkvForCausalLM":
-        """Let only `vector_parameters()` train. Returns self.
-
-        The paper's recipe, in which perspectives share no vector. Where they do, the shared ones train as well: they
-        brought most of the gain (docs/reproduction.md), are few, and cost nothing in inference.
-
-        Args:
-            train_head: the head, too.
-            train_vectors: False for `perspective_parameters()` alone; shared vectors then stay the base's.
-        """
-        self.requires_grad_(False)
-        for _, parameter in self.vector_parameters() if train_vectors else self.perspective_parameters():
-            parameter.requires_grad_(True)
-        self.head.requires_grad_(train_head)
-        return self
-
-    def count_parameters(self) -> ParameterCount:
-        """Count them by what they are for; works on the meta device."""
-        P = self.config.n_perspectives
-        added = 0
-        if P > 1:
-            for name, parameter in self.perspective_parameters():
-                added += parameter.numel() * (1 if "selector." in name else (P - 1) / P)
-        total = sum(parameter.numel() for parameter in self.parameters())
-        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        base = total - round(added)
-        return ParameterCount(total, base, round(added), 100 * added / base, trainable)
-
-
-def _vector_name(parameter_name: str) -> str:
-    """The configuration's name of a vector: "rwkv.blocks.0.ffn.time_mix_k" is "channel_mix_k"."""
-    *_, module, name = ["", *parameter_name.split(".")]
-    return name.replace("time_mix", "channel_mix") if module == "ffn" else name

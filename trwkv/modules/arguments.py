@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from trwkv.ops._validate import require_cu_seqlens, require_shape, sequence_bounds
 
 
 def check_whole_number(name: str, value: object) -> None:
@@ -29,9 +32,36 @@ def check_differ(names: Sequence[str], n_perspectives: int) -> None:
         )
 
 
-def check_input(x: Tensor, channels: int, n_streams: int | None) -> None:
-    """Raise ValueError unless x is [B, T, C], or [B, T, P, C] with `n_streams` = P."""
-    axes = (channels,) if n_streams is None else (n_streams, channels)
+def check_input(
+    x: Tensor,
+    channels: int,
+    n_streams: int | None,
+    *,
+    mask: Tensor | None,
+    shift_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise ValueError (TypeError for a wrong cu_seqlens) unless a layer's arguments fit each other.
+
+    x is [B, T, C], or [B, T, P, C] with `n_streams` = P. The values of cu_seqlens are checked where they may be looked
+    at: not in torch.compile, nor while a CUDA graph is captured.
+    """
+    axes, names = ((channels,), "C") if n_streams is None else ((n_streams, channels), "P, C")
     if x.ndim != 2 + len(axes) or x.shape[2:] != axes:
         expected = ", ".join(["B", "T", *map(str, axes)])
         raise ValueError(f"x: expected shape [{expected}]; got {list(x.shape)}")
+    B, T = x.shape[:2]
+    if cu_seqlens is not None:
+        if mask is not None:
+            raise ValueError("mask, cu_seqlens: expected at most one of them; got both")
+        require_cu_seqlens(cu_seqlens, x.device)
+        if B != 1:
+            raise ValueError(f"x: expected B = 1 with cu_seqlens; got shape {list(x.shape)}")
+        is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not torch.compiler.is_compiling() and not is_capturing:
+            sequence_bounds(cu_seqlens, T)
+    if mask is not None:
+        require_shape("mask", mask, "[B, T]", (B, T))
+    if shift_state is not None:
+        letter, n_sequences = ("B", B) if cu_seqlens is None else ("N", len(cu_seqlens) - 1)
+        require_shape("shift_state", shift_state, f"[{letter}, {names}]", (n_sequences, *axes))

@@ -100,6 +100,7 @@ class ChannelMixing(nn.Module):
         mask: Tensor | None = None,
         shift_state: Tensor | None = None,
         output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
         scale: float = 1.0,
     ) -> ChannelMixingOutput:
         """Mix over channels; arguments as in `TimeMixing.forward`.
@@ -107,20 +108,21 @@ class ChannelMixing(nn.Module):
         x is [B, T, C] or [B, T, P, C] for any P; with `perspective_vectors` and P > 1 [B, T, P, C], of that P.
 
         Raises:
-            ValueError: x of another shape.
+            TypeError, ValueError: as there.
         """
         is_streams = self.n_perspectives > 1 and len(self.perspective_vectors) > 0
         n_streams = self.n_perspectives if is_streams else x.shape[2] if x.ndim == 4 else None
-        check_input(x, self.hidden_size, n_streams)
+        check_input(x, self.hidden_size, n_streams, mask=mask, shift_state=shift_state, cu_seqlens=cu_seqlens)
         if mask is not None:
             x = x.masked_fill(absent(mask, x.ndim), 0)
         mixes = self.time_mix_k, self.time_mix_r
-        for_k, for_r = shift_and_mix(x, mixes, shift_state, self.backend)
+        for_k, for_r = shift_and_mix(x, mixes, shift_state, cu_seqlens, self.backend)
         k = torch.relu(self.key(for_k)).square()
         if scale != 1.0:
             k = scale * k
         r = torch.sigmoid(self.receptance(for_r))
-        return ChannelMixingOutput(r * self.value(k), last_token(x, shift_state) if output_state else None)
+        shift_state = last_token(x, shift_state, cu_seqlens) if output_state else None
+        return ChannelMixingOutput(r * self.value(k), shift_state)
 
     def extra_repr(self) -> str:
         return f"n_perspectives={self.n_perspectives}, perspective_vectors={self.perspective_vectors}"

@@ -158,6 +158,7 @@ class TimeMixing(nn.Module):
         shift_state: Tensor | None = None,
         wkv_state: Tensor | None = None,
         output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
         scale: float = 1.0,
     ) -> TimeMixingOutput:
         """Mix over time.
@@ -169,17 +170,22 @@ class TimeMixing(nn.Module):
             shift_state: x before the first token, [B, C] or [B, P, C]; None at the start of a sequence.
             wkv_state: the op's state, float32 [B, 3, P, A]; None at the start of a sequence.
             output_state: return both states after the last token.
+            cu_seqlens: packed sequences, [N + 1] int32 or int64, as `multi_perspective_wkv` takes them: each is
+                computed as if it were alone. B is 1 then, the states have N where they have B, and there is no mask.
             scale: factor of the output, which is multiplied before the last matrix: behind it float16 may overflow.
 
         Raises:
-            ValueError: x of another shape.
+            TypeError: a cu_seqlens that is no tensor of whole numbers.
+            ValueError: x, mask, a state or cu_seqlens of another shape, bounds that do not rise from 0 to T, both
+                mask and cu_seqlens.
         """
         is_streams = self.selector is None and self.n_perspectives > 1
-        check_input(x, self.hidden_size, self.n_perspectives if is_streams else None)
+        n_streams = self.n_perspectives if is_streams else None
+        check_input(x, self.hidden_size, n_streams, mask=mask, shift_state=shift_state, cu_seqlens=cu_seqlens)
         if mask is not None:
             x = x.masked_fill(absent(mask, x.ndim), 0)
         mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r
-        for_k, for_v, for_r = shift_and_mix(x, mixes, shift_state, self.backend)
+        for_k, for_v, for_r = shift_and_mix(x, mixes, shift_state, cu_seqlens, self.backend)
         k, v, r = self.key(for_k), self.value(for_v), self.receptance(for_r)
         if mask is not None:
             k = k.masked_fill(absent(mask, k.ndim), _MASKED_KEY)
@@ -187,18 +193,25 @@ class TimeMixing(nn.Module):
             k, v = (
                 z if z.ndim == 4 else z.unsqueeze(2).expand(-1, -1, self.n_perspectives, -1) for z in (k, v)
             )
-        y, wkv_state = self._wkv(k, v, r, x, wkv_state, output_state)
-        shift_state = last_token(x, shift_state) if output_state else None
+        y, wkv_state = self._wkv(k, v, r, x, wkv_state, output_state, cu_seqlens)
+        shift_state = last_token(x, shift_state, cu_seqlens) if output_state else None
         return TimeMixingOutput(self.output(y if scale == 1.0 else scale * y), shift_state, wkv_state)
 
     def _wkv(
-        self, k: Tensor, v: Tensor, r: Tensor, x: Tensor, state: Tensor | None, output_state: bool
+        self,
+        k: Tensor,
+        v: Tensor,
+        r: Tensor,
+        x: Tensor,
+        state: Tensor | None,
+        output_state: bool,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """sigmoid(r) * WKV, merged where there is a selector: [B, T, A], or [B, T, P, A] for streams."""
         w = (-torch.exp(_wide(self.time_decay))).expand(self.n_perspectives, -1)
         u = self.time_first.expand(self.n_perspectives, -1)
         weights = None if self.selector is None else self.selector(x)
-        if self._is_decoding_step(w, u, k, v, r, weights, state):
+        if cu_seqlens is None and self._is_decoding_step(w, u, k, v, r, weights, state):
             receptance = r.unsqueeze(2) if weights is None and r.ndim == 3 else r
             y, state = gated_recurrent_wkv(
                 w, u, k, v, receptance, weights=weights, initial_state=state, backend=self.backend
@@ -213,6 +226,7 @@ class TimeMixing(nn.Module):
             weights=None if r.ndim == 4 else weights,
             initial_state=state,
             output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
         if weights is not None and r.ndim == 4:  # a receptance per perspective: it comes before the merge

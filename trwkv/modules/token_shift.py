@@ -14,26 +14,38 @@ __all__ = ["absent", "last_token", "shift_and_mix", "time_mix", "token_shift"]
 
 
 def shift_and_mix(
-    x: Tensor, mixes: Sequence[Tensor], previous: Tensor | None, backend: str
+    x: Tensor, mixes: Sequence[Tensor], previous: Tensor | None, cu_seqlens: Tensor | None, backend: str
 ) -> Sequence[Tensor]:
     """`trwkv.ops.token_shift_mix` for a layer whose backend is `backend`.
 
-    The kernel where that is "triton" and no gradient is wanted; plain PyTorch elsewhere, and in `torch.compile`, which
-    makes one kernel of it and of what is around it.
+    The kernel where that is "triton" and no gradient is wanted; plain PyTorch elsewhere, for packed sequences, and in
+    `torch.compile`, which makes one kernel of it and of what is around it.
     """
     if previous is not None:
         previous = previous.to(x.dtype)
-    is_kernel_wanted = not torch.compiler.is_compiling() and is_plain_inference(x, *mixes, previous)
+    is_packed = cu_seqlens is not None
+    is_kernel_wanted = (
+        not is_packed and not torch.compiler.is_compiling() and is_plain_inference(x, *mixes, previous)
+    )
     if is_kernel_wanted and resolve_backend(backend, x.device, x.dtype) == "triton":
         return token_shift_mix_op(x, mixes, previous)
-    return token_shift_mix_plain(x, mixes, previous)
+    return token_shift_mix_plain(x, mixes, previous, cu_seqlens)
 
 
-def last_token(x: Tensor, previous: Tensor | None = None) -> Tensor:
-    """What `token_shift` of the next tokens takes for `previous`: the last of x, or `previous` where x has none."""
+def last_token(x: Tensor, previous: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """What `token_shift` of the next tokens takes for `previous`: the last of x, or `previous` where x has none.
+
+    With cu_seqlens that of each packed sequence, [N, ...].
+    """
+    n_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    without = x.new_zeros(n_sequences, *x.shape[2:]) if previous is None else previous
     if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0], *x.shape[2:]) if previous is None else previous
-    return x[:, -1].clone()  # a view would keep the whole sequence alive
+        return without
+    if cu_seqlens is None:
+        return x[:, -1].clone()  # a view would keep the whole sequence alive
+    ends = cu_seqlens.to(x.device, non_blocking=True).long()
+    is_empty = (ends[1:] == ends[:-1]).view(-1, *[1] * (x.ndim - 2))
+    return torch.where(is_empty, without.to(x.dtype), x[0, (ends[1:] - 1).clamp(min=0)])
 
 
 def absent(mask: Tensor, ndim: int) -> Tensor:

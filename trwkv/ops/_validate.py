@@ -52,7 +52,9 @@ def require_cu_seqlens(x: object, device: torch.device) -> None:
     if x.ndim != 1 or x.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected shape [N + 1] with N at least 1; got {list(x.shape)}")
     if x.device != device and x.device.type != "cpu":
-        raise ValueError(f"cu_seqlens: expected on k's device, {device}, or on the CPU; got {describe(x)}")
+        raise ValueError(
+            f"cu_seqlens: expected on {device}, where the tokens are, or on the CPU; got {describe(x)}"
+        )
 
 
 _known_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()

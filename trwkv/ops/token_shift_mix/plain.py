@@ -6,18 +6,37 @@ import torch
 from torch import Tensor
 
 
-def token_shift(x: Tensor, previous: Tensor | None = None) -> Tensor:
+def token_shift(x: Tensor, previous: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """The sequence moved one step later: `shifted[:, t] = x[:, t-1]`, `shifted[:, 0] = previous`.
 
     Args:
         x: [B, T, ...], any dtype.
-        previous: [B, ...], the token before the first one; None is zeros (the start of a sequence).
+        previous: [B, ...], the token before the first one; None is zeros (the start of a sequence). [N, ...] with
+            cu_seqlens.
+        cu_seqlens: [N + 1] int32 or int64, where packed sequences begin in the one row of x (B = 1), and T: each is
+            shifted as if it were alone. Values that do not rise from 0 to T give nothing of use.
 
     Returns:
         A tensor of x's shape and dtype.
     """
-    first = torch.zeros_like(x[:, :1]) if previous is None else previous.unsqueeze(1).to(x.dtype)
-    return torch.cat([first, x[:, :-1]], dim=1)[:, : x.shape[1]]  # of no token: none
+    previous = None if previous is None else previous.to(x.dtype)
+    if cu_seqlens is None:
+        first = torch.zeros_like(x[:, :1]) if previous is None else previous.unsqueeze(1)
+        return torch.cat([first, x[:, :-1]], dim=1)[:, : x.shape[1]]  # of no token: none
+    sequence, is_first = packed_places(cu_seqlens, x.shape[1], x.device)
+    is_first = is_first.view(1, -1, *[1] * (x.ndim - 2))
+    shifted = token_shift(x)
+    if previous is None:
+        return shifted.masked_fill(is_first, 0)
+    return torch.where(is_first, previous[sequence.clamp(max=len(previous) - 1)], shifted)
+
+
+def packed_places(cu_seqlens: Tensor, n_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each token [T] of a packed row: the number of its sequence, and whether it is the first one there."""
+    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    t = torch.arange(n_tokens, dtype=cu_seqlens.dtype, device=device)
+    sequence = torch.searchsorted(cu_seqlens, t, right=True) - 1
+    return sequence, t == cu_seqlens[sequence]
 
 
 def time_mix(shifted: Tensor, delta: Tensor, mix: Tensor) -> Tensor:
@@ -38,8 +57,10 @@ def time_mix(shifted: Tensor, delta: Tensor, mix: Tensor) -> Tensor:
     return torch.addcmul(shifted, mix.to(shifted.dtype), delta)
 
 
-def token_shift_mix_plain(x: Tensor, mixes: Sequence[Tensor], previous: Tensor | None) -> tuple[Tensor, ...]:
+def token_shift_mix_plain(
+    x: Tensor, mixes: Sequence[Tensor], previous: Tensor | None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """All mixes of one block; differentiable to any order."""
-    shifted = token_shift(x, previous)
+    shifted = token_shift(x, previous, cu_seqlens)
     delta = x - shifted
     return tuple(time_mix(shifted, delta, mix) for mix in mixes)
