@@ -215,14 +215,9 @@ class Trwkv(HuggingFaceModel):
         return same(*gradients) + " (the op)"
 
     def packed(self) -> str:
-        from trwkv.ops import multi_perspective_wkv
-
-        w, u, k, v = -torch.rand(1, C), torch.randn(1, C), *torch.randn(2, 1, T, C)
-        bounds = torch.tensor([0, 7, T])
-        apart = [multi_perspective_wkv(w, u, k[:, a:b], v[:, a:b])[0] for a, b in ((0, 7), (7, T))]
-        return (
-            same(multi_perspective_wkv(w, u, k, v, cu_seqlens=bounds)[0], torch.cat(apart, 1)) + " (the op)"
-        )
+        model, tokens = self.load(self.setting.folder / "hf"), self.setting.tokens[:1]
+        packed = self.logits(model, tokens, cu_seqlens=torch.tensor([0, 7, T]))
+        return same(packed, torch.cat([self.logits(model, piece) for piece in tokens.split([7, T - 7], 1)], 1))
 
     def perspectives(self) -> str:
         model = self.load(self.setting.folder / "hf", n_perspectives=3)
