@@ -217,7 +217,9 @@ class Trwkv(HuggingFaceModel):
     def packed(self) -> str:
         model, tokens = self.load(self.setting.folder / "hf"), self.setting.tokens[:1]
         packed = self.logits(model, tokens, cu_seqlens=torch.tensor([0, 7, T]))
-        return same(packed, torch.cat([self.logits(model, piece) for piece in tokens.split([7, T - 7], 1)], 1))
+        return same(
+            packed, torch.cat([self.logits(model, piece) for piece in tokens.split([7, T - 7], 1)], 1)
+        )
 
     def perspectives(self) -> str:
         model = self.load(self.setting.folder / "hf", n_perspectives=3)

@@ -25,7 +25,7 @@ from trwkv.ops.wkv.kernel_math import (
     taken,
     zeros,
 )
-from trwkv.ops.wkv.kernel_outputs import channel_weights
+from trwkv.ops.wkv.kernel_outputs import channel_weights, of_token, token_weights, weights_of_tokens
 from trwkv.ops.wkv.kernel_tiles import load_rows, widen
 
 
@@ -49,6 +49,7 @@ def fast_tile_adjoint(
     power = ones(P, BLOCK_C)
     num_sum = zeros(P, BLOCK_C)
     den_sum = zeros(P, BLOCK_C)
+    token_w = weights_of_tokens(weights, unweighted, row, P, BLOCK_T, STEP, WEIGHTS, GROUPS)
     e_rows = ()
     for j in tl.static_range(BLOCK_T):
         e_rows += (exp_near(widen(k_rows[j], PAIRED), top),)
@@ -66,7 +67,7 @@ def fast_tile_adjoint(
         j_grads = ()
         for i in tl.static_range(OUTPUTS):
             j_grads += (widen(grads[j * OUTPUTS + i], PAIRED),)
-        grad_y, _ = grad_of_y(j_grads, 0, weights, unweighted, row + j * STEP, P, BLOCK_C, WEIGHTS, GROUPS)
+        grad_y, _ = grad_of_y(j_grads, 0, of_token(token_w, j, P), P, BLOCK_C, WEIGHTS)
         joined_A = ()
         joined_B = ()
         power_next = ()
@@ -172,7 +173,8 @@ def exact_tile_adjoint(
         e, exponent = split_k(load_row(k + i_row * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + i_row * C, c, C, BLOCK_C, 0.0).to(tl.float32)
         grad_rows = load_grad_rows(grad_output + i_row * WIDTH, c, C, P, BLOCK_C, 1, 0, WEIGHTS)
-        grad_y, _ = grad_of_y(grad_rows, 0, weights, unweighted, i_row, P, BLOCK_C, WEIGHTS, GROUPS)
+        i_w = token_weights(weights, unweighted, i_row, P, WEIGHTS, GROUPS)
+        grad_y, _ = grad_of_y(grad_rows, 0, i_w, P, BLOCK_C, WEIGHTS)
         A_next = ()
         B_next = ()
         O_next = ()

@@ -25,7 +25,7 @@ from trwkv.ops.wkv.kernel_math import (
     taken,
     zeros,
 )
-from trwkv.ops.wkv.kernel_outputs import channel_weights
+from trwkv.ops.wkv.kernel_outputs import channel_weights, of_token, token_weights, weights_of_tokens
 from trwkv.ops.wkv.kernel_tiles import load_tile, no_tile, widen
 from trwkv.ops.wkv.kernel_unit import exponents, scaled
 
@@ -106,6 +106,7 @@ def fast_tile_bwd(
     WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C // GROUPS
     # All at once: after the store of a gradient the compiler moves no load before it.
     grad_rows = load_grad_rows(grad_output + row * WIDTH, c, C, P, BLOCK_C, BLOCK_T, STEP * WIDTH, WEIGHTS)
+    token_w = weights_of_tokens(weights, of_channels, row, P, BLOCK_T, STEP, WEIGHTS, GROUPS)
     p_grad_k = grad_k + row * C
     p_grad_v = grad_v + row * C
     A_rows = A  # entry j * P + p: before token j
@@ -146,7 +147,7 @@ def fast_tile_bwd(
         e = e_rows[j]
         j_v = widen(v_rows[j], PAIRED)
         ev = e * j_v
-        grad_y, g = grad_of_y(grad_rows, j, weights, of_channels, row + j * STEP, P, BLOCK_C, WEIGHTS, GROUPS)
+        grad_y, g = grad_of_y(grad_rows, j, of_token(token_w, j, P), P, BLOCK_C, WEIGHTS)
         y = ()
         a_next = ()
         b_next = ()
@@ -299,7 +300,8 @@ def exact_tile_bwd(
         e, exponent = split_k(load_row(k + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + (row + at * STEP) * C, c, C, BLOCK_C, 0.0).to(tl.float32)
         i_grad = load_grad_rows(grad_output + (row + at * STEP) * WIDTH, c, C, P, BLOCK_C, 1, 0, WEIGHTS)
-        grad_y, g = grad_of_y(i_grad, 0, weights, of_channels, row + at * STEP, P, BLOCK_C, WEIGHTS, GROUPS)
+        i_w = token_weights(weights, of_channels, row + at * STEP, P, WEIGHTS, GROUPS)
+        grad_y, g = grad_of_y(i_grad, 0, i_w, P, BLOCK_C, WEIGHTS)
         a, b, O, joined, dw, du, dweights, from_num, from_den, rows_y = exact_token_bwd(
             a, b, O, joined, dw, du, dweights, A, B, A_exponent, e, exponent, i_v, grad_y, g,
             decay, decay_exponent, bonus, bonus_exponent, P, PTX,

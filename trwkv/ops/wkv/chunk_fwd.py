@@ -37,7 +37,16 @@ from trwkv.ops.wkv.kernel_math import (
     taken,
     zeros,
 )
-from trwkv.ops.wkv.kernel_outputs import channel_weights, gated, store_output, store_token_state, sum_so_far
+from trwkv.ops.wkv.kernel_outputs import (
+    channel_weights,
+    gated,
+    of_token,
+    store_output,
+    store_token_state,
+    sum_so_far,
+    token_weights,
+    weights_of_tokens,
+)
 from trwkv.ops.wkv.kernel_rows import first_slot, locate_chunk
 from trwkv.ops.wkv.kernel_tiles import load_rows, load_tile, no_tile, prefetch_rows, tile_source, widen
 from trwkv.ops.wkv.kernel_unit import enter_tile, join, split
@@ -198,6 +207,8 @@ def fast_tile(
     """
     W, U, tile_W, tile_W_low, _, _ = fast
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
+    AT_ONCE: tl.constexpr = min(BLOCK_T, 64 // P)  # tokens whose weights are loaded together, into registers
+    token_w = ()
     so_far = sum_so_far(output, row, c, C, BLOCK_C, BLOCK_T, STEP, GROUPS, GROUP)
     top = O[0]
     joined = rest
@@ -211,6 +222,9 @@ def fast_tile(
     k_rows = load_rows(p_k, next_row, c_tile, missing, k_rows, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
     next_v_rows = ()
     for j in tl.static_range(BLOCK_T):
+        if OUTPUT == "y" and j % AT_ONCE == 0:
+            N: tl.constexpr = min(AT_ONCE, BLOCK_T - j)
+            token_w += weights_of_tokens(weights, of_channels, row + j * STEP, P, N, STEP, WEIGHTS, GROUPS)
         e = e_rows[j]
         ev = e * widen(v_rows[j], PAIRED)
         next_v_rows += load_rows(
@@ -233,7 +247,7 @@ def fast_tile(
         joined = joined_next
         if OUTPUT == "y":
             store_output(
-                output, so_far[j], row + j * STEP, c, y, weights, of_channels,
+                output, so_far[j], row + j * STEP, c, y, of_token(token_w, j, P),
                 C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP,
             )  # fmt: skip
     A_end = ()
@@ -279,6 +293,9 @@ def exact_tile(
             store_token_state(output[0], plane, i_row, c, A, B, O, C, P, BLOCK_C)
         e, exponent = split_k(load_row(k + i_row * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + i_row * C, c, C, BLOCK_C, 0.0).to(tl.float32)
+        i_w = of_channels
+        if OUTPUT == "y":
+            i_w = token_weights(weights, of_channels, i_row, P, WEIGHTS, GROUPS)
         y = ()
         A_next = ()
         B_next = ()
@@ -305,9 +322,7 @@ def exact_tile(
             y = gated(y, receptance, i_row, c, C, P, BLOCK_C, WEIGHTS, PTX)
         if OUTPUT == "y":
             so_far = sum_so_far(output, i_row, c, C, BLOCK_C, 1, STEP, GROUPS, GROUP)
-            store_output(
-                output, so_far[0], i_row, c, y, weights, of_channels, C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP
-            )
+            store_output(output, so_far[0], i_row, c, y, i_w, C, P, BLOCK_C, WEIGHTS, GROUPS, GROUP)
     if OUTPUT != "none":
         # The last tile: calls of few tokens each would all err alike, by the rounding of decays.
         if steps < BLOCK_T:

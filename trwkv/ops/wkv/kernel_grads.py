@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from trwkv.ops.wkv.kernel_math import load_row
-from trwkv.ops.wkv.kernel_outputs import token_weights
 
 
 @triton.jit
@@ -38,11 +37,10 @@ def load_grads(
 
 @triton.jit
 def grad_of_y(
-    rows, j: tl.constexpr, weights, of_channels, row,
-    P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr, GROUPS: tl.constexpr,
+    rows, j: tl.constexpr, weight, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr
 ):  # fmt: skip
-    """Gradient of each perspective's y at token j of these rows, and that of the aggregated output (zero when there is
-    none). `row` counts tokens over the batch.
+    """Gradient of each perspective's y at token j of these rows, whose weights are given, and that of the aggregated
+    output (zero when there is none).
     """
     out = ()
     if WEIGHTS == "none":
@@ -51,7 +49,6 @@ def grad_of_y(
             out += (rows[j * P + p].to(tl.float32),)
     else:
         g = rows[j].to(tl.float32)
-        weight = token_weights(weights, of_channels, row, P, WEIGHTS, GROUPS)
         for p in tl.static_range(P):
             out += (g * weight[p],)
     return out, g

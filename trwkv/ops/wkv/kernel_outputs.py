@@ -31,6 +31,29 @@ def token_weights(weights, of_channels, row, P: tl.constexpr, WEIGHTS: tl.conste
 
 
 @triton.jit
+def weights_of_tokens(
+    weights, of_channels, row, P: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, WEIGHTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """`token_weights` of N tokens, one after the other: to be loaded before what those tokens store, for after a store
+    the compiler moves no load before it, and every token would wait for its own.
+    """
+    out = ()
+    for j in tl.static_range(N):
+        out += token_weights(weights, of_channels, row + j * STEP, P, WEIGHTS, GROUPS)
+    return out
+
+
+@triton.jit
+def of_token(rows, j: tl.constexpr, P: tl.constexpr):
+    """The P numbers of token j among those of several tokens."""
+    out = ()
+    for p in tl.static_range(P):
+        out += (rows[j * P + p],)
+    return out
+
+
+@triton.jit
 def sum_so_far(
     output, row, c,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr,
@@ -49,19 +72,18 @@ def sum_so_far(
 
 @triton.jit
 def store_output(
-    output, so_far, row, c, y, weights, of_channels,
+    output, so_far, row, c, y, w,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WEIGHTS: tl.constexpr,
     GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y, one [BLOCK_C] per perspective, to output [.., P, C]; or their weighted sum, which `so_far` begins unless this
-    group is the first, to [.., C / GROUPS].
+    """y, one [BLOCK_C] per perspective, to output [.., P, C]; or their sum, weighted by w, which `so_far` begins unless
+    this group is the first, to [.., C / GROUPS].
     """
     total_ptr, partial = output
     if WEIGHTS == "none":
         for p in tl.static_range(P):
             store_row(total_ptr + (row * P + p) * C, c, y[p], C, BLOCK_C)
     else:
-        w = token_weights(weights, of_channels, row, P, WEIGHTS, GROUPS)
         if GROUP == "only" or GROUP == "first":
             total = w[0] * y[0]
         else:
