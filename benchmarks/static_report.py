@@ -1,8 +1,8 @@
 """What the compiled kernels cost, without a GPU: registers, spills, and instructions per element of the fast path.
 
-    python benchmarks/static_report.py   # P = 1 to 4, sm_80 and sm_90; minutes
+    python benchmarks/static_report.py   # P = 1 to 4, weights [P, C] and [B, T, P], sm_80 and sm_90; minutes
     python benchmarks/static_report.py --perspectives 1 --capabilities 90 --dtypes bfloat16
-    python benchmarks/static_report.py --json FILE --check   # exit code 1 on a spill, a narrow load, too much
+    python benchmarks/static_report.py --json FILE --check   # exit code 1 on spills, narrow loads, too much, long waits
 
 An element is one token of one channel. A tile's loop is found in the machine code by the exponentials unrolled in it;
 its path around the exact branch (which holds a loop of its own) is counted. The prediction for an H200 (132 SMs, 1.98
@@ -34,31 +34,40 @@ ISSUE = SMS * CLOCK * 4 * 32  # instructions of one lane per second
 SPECIAL = SMS * CLOCK * 16
 LOAD = 300  # cycles, of one that the L2 cache answers
 C = 1024
+LONGEST_WAITS = 3.0  # of one warp's time to what its instructions alone take
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def training_step(P: int, dtype: torch.dtype, B: int, T: int) -> tuple[list[Launch], list[Launch]]:
-    """Launches of forward and backward, weights [P, C], shared k and v."""
+def training_step(
+    P: int, dtype: torch.dtype, B: int, T: int, weights: str
+) -> tuple[list[Launch], list[Launch]]:
+    """Launches of forward and backward, shared k and v, weights [P, C] or [B, T, P]."""
     w, k = torch.empty(P, C), torch.empty(B, T, C, dtype=dtype)
-    common = (w, w, k, k, w, None, None, False)
+    common = (w, w, k, k, torch.empty(B, T, P) if weights == "BTP" else w, None, None, False)
     with record_launches() as forward:
         output, _, saved = chunk.chunk_forward(*common, save=True)
     with record_launches() as backward:
         chunk.chunk_backward(output, None, *common, saved)
+    backward = [launch for launch in backward if launch.name != "wkv_block_sums_kernel"]
     return forward, backward
 
 
-def launches(P: int, dtype: torch.dtype) -> dict[str, Launch]:
+def launches(P: int, dtype: torch.dtype, weights: str = "PC") -> dict[str, Launch]:
     """A training step's walks over tiles: "forward" and "backward", and the first ones where T is divided."""
-    first_forward, first_backward = training_step(P, dtype, 1, 8192)
-    forward, backward = training_step(P, dtype, 64, 2048)  # enough to fill the machine: one chunk per row
-    return {
+    first_forward, first_backward = training_step(P, dtype, 1, 8192, weights)
+    forward, backward = training_step(
+        P, dtype, 64, 2048, weights
+    )  # that fills the machine: one chunk per row
+    found = {
         "sums": first_forward[0], "adjoints": first_backward[0],
         "forward": forward[-1], "backward": backward[-1],
     }  # fmt: skip
+    if weights == "BTP":
+        del found["sums"]  # which does not know of weights
+    return found
 
 
-def row(name: str, launch: Launch, P: int, dtype: str, capability: int) -> dict[str, Any]:
+def row(name: str, launch: Launch, P: int, dtype: str, weights: str, capability: int) -> dict[str, Any]:
     config = config_for(P)
     channels, tokens = (
         (config.fwd_block_c, config.fwd_block_t)
@@ -81,7 +90,7 @@ def row(name: str, launch: Launch, P: int, dtype: str, capability: int) -> dict[
         for n in (1, warps)
     )
     return {
-        "kernel": name, "P": P, "dtype": dtype, "sm": capability, "block": [channels, tokens],
+        "kernel": name, "P": P, "dtype": dtype, "weights": weights, "sm": capability, "block": [channels, tokens],
         "registers": cost.registers, "spill_bytes": cost.spill_bytes, "loops": len(paths),
         "instructions_per_element": total.instructions / elements,
         "special_per_element": total.count("MUFU", "F2I", "FRND", "I2F") / elements,
@@ -89,7 +98,7 @@ def row(name: str, launch: Launch, P: int, dtype: str, capability: int) -> dict[
         "loads_per_element": total.count("LDG") / elements, "stores_per_element": total.count("STG") / elements,
         "narrowest_load": total.narrowest("LDG"), "narrowest_store": total.narrowest("STG"),
         "contiguous_bytes": channels // 32 * size,  # of a token, in one lane
-        "budget": INSTRUCTION_BUDGET.get((name, P)),
+        "budget": INSTRUCTION_BUDGET[name, weights].get(P),
         "ps_issue": issue, "ps_special": special, "ps_memory": memory, "ps_floor": max(issue, special, memory),
         "warps": warps, "ps_one_warp": one, "ps_full": full,
     }  # fmt: skip
@@ -99,7 +108,7 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
     """What `--check` objects to."""
     found = []
     for r in rows:
-        label = f"{r['kernel']} P = {r['P']} {r['dtype']} sm_{r['sm']}"
+        label = f"{r['kernel']} P = {r['P']} {r['weights']} {r['dtype']} sm_{r['sm']}"
         if r["spill_bytes"]:
             found.append(f"{label}: {r['spill_bytes']} bytes spilled")
         expected = 2 if r["kernel"] == "backward" else 1  # it walks each tile forwards, then back
@@ -108,6 +117,8 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
         for what in ("load", "store"):
             if what == "store" and r["kernel"] in ("sums", "adjoints"):
                 continue  # they store nothing before their end
+            if r["weights"] == "BTP":
+                continue  # one number for all lanes, among the rest
             width = r[f"narrowest_{what}"]
             if width is None or width < min(16, r["contiguous_bytes"]):
                 found.append(
@@ -115,6 +126,10 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
                 )
         if r["budget"] is not None and r["instructions_per_element"] > r["budget"]:
             found.append(f"{label}: {r['instructions_per_element']:.1f} instructions, budget {r['budget']}")
+        if r["ps_one_warp"] > LONGEST_WAITS * r["ps_issue"]:
+            found.append(
+                f"{label}: one warp takes {r['ps_one_warp']:.2f} ps, its instructions {r['ps_issue']:.2f}: it waits"
+            )
     return found
 
 
@@ -123,6 +138,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "kernel",
         "P",
         "dtype",
+        "weights",
         "sm",
         "block",
         "registers",
@@ -137,7 +153,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for r in rows:
         lines.append(
-            f"| {r['kernel']} | {r['P']} | {r['dtype']} | {r['sm']} | {r['block'][0]}x{r['block'][1]} "
+            f"| {r['kernel']} | {r['P']} | {r['dtype']} | {r['weights']} | {r['sm']} | {r['block'][0]}x{r['block'][1]} "
             f"| {r['registers']} | {r['instructions_per_element']:.1f} | {r['special_per_element']:.2f} "
             f"| {r['fma_per_element']:.1f} | {r['loads_per_element']:.2f} | {r['stores_per_element']:.2f} "
             f"| {r['narrowest_load']}, {r['narrowest_store']} "
@@ -154,27 +170,33 @@ def main() -> None:
     parser.add_argument("--perspectives", default="1,2,3,4", help="comma-separated (default: %(default)s)")
     parser.add_argument("--capabilities", default="80,90", help="comma-separated (default: %(default)s)")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--weights", default="PC,BTP", help="comma-separated (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit code 1 on a spill, a narrow load, too much",
+        help="exit code 1 on a spill, a narrow load, too much, long waits",
     )
     options = parser.parse_args()
     rows = []
     for P in map(int, options.perspectives.split(",")):
         for dtype in options.dtypes.split(","):
-            for name, launch in launches(P, DTYPES[dtype]).items():
-                for capability in map(int, options.capabilities.split(",")):
-                    rows.append(row(name, launch, P, dtype, capability))
-                    print(f"{name} P = {P} {dtype} sm_{capability} compiled", file=sys.stderr)
+            for weights in options.weights.split(",") if P > 1 else ["PC"]:
+                for name, launch in launches(P, DTYPES[dtype], weights).items():
+                    for capability in map(int, options.capabilities.split(",")):
+                        rows.append(row(name, launch, P, dtype, weights, capability))
+                        print(f"{name} P = {P} {weights} {dtype} sm_{capability} compiled", file=sys.stderr)
     print(table(rows))
     if options.json:
         options.json.write_text(
             json.dumps({"environment": environment("cpu"), "rows": rows}, indent=1) + "\n"
         )
     found = problems(rows)
-    print("\n".join(found) if found else "no spill, no narrow load or store, nothing above its budget")
+    print(
+        "\n".join(found)
+        if found
+        else "no spill, no narrow load or store, nothing above its budget, no long waits"
+    )
     sys.exit(bool(found) and options.check)
 
 

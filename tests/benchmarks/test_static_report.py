@@ -35,7 +35,8 @@ def test_within_budget(P: str) -> None:
     done = report("--perspectives", P, "--capabilities", "90", "--dtypes", "bfloat16", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in ("sums", "forward", "adjoints", "backward"):
-        assert f"| {kernel} | {P} | bfloat16 | 90 |" in done.stdout
+        assert f"| {kernel} | {P} | bfloat16 | PC | 90 |" in done.stdout
+        assert (f"| {kernel} | {P} | bfloat16 | BTP | 90 |" in done.stdout) == (P != "1" and kernel != "sums")
 
 
 @pytest.mark.slow
@@ -47,19 +48,22 @@ def test_everything_within_budget(capability: str, dtype: str) -> None:
 
 
 def test_what_is_objected_to() -> None:
-    """A spill, a loop that was not found, and more instructions than the budget allows."""
+    """A spill, a loop that was not found, a narrow access, more instructions than the budget allows, long waits."""
     code = """
 import static_report
-right = {"kernel": "forward", "P": 1, "dtype": "bfloat16", "sm": 90, "spill_bytes": 0, "loops": 1,
-         "instructions_per_element": 30.0, "budget": 32.0,
+right = {"kernel": "forward", "P": 1, "dtype": "bfloat16", "weights": "PC", "sm": 90, "spill_bytes": 0, "loops": 1,
+         "instructions_per_element": 30.0, "budget": 32.0, "ps_issue": 1.0, "ps_one_warp": 2.9,
          "narrowest_load": 4, "narrowest_store": 8, "contiguous_bytes": 4}
-assert static_report.problems([right, right | {"kernel": "sums", "narrowest_store": None}]) == []
+for change in (
+    {"kernel": "sums", "narrowest_store": None}, {"weights": "BTP", "narrowest_load": 2, "narrowest_store": 2}
+):
+    assert static_report.problems([right, right | change]) == []
 for change in (
     {"spill_bytes": 8}, {"loops": 0}, {"instructions_per_element": 33.0}, {"kernel": "backward"},
-    {"narrowest_load": 2}, {"narrowest_store": 2}, {"narrowest_store": None},
+    {"narrowest_load": 2}, {"narrowest_store": 2}, {"narrowest_store": None}, {"ps_one_warp": 3.1},
 ):
     found = static_report.problems([right, right | change])
-    assert len(found) == 1 and "P = 1 bfloat16 sm_90" in found[0], (change, found)
+    assert len(found) == 1 and "P = 1 PC bfloat16 sm_90" in found[0], (change, found)
 """
     done = report(code=code)
     assert done.returncode == 0, done.stderr

@@ -65,25 +65,17 @@ CONFIGS = {
 """What ships. Measured on no GPU yet: chosen by the registers and instructions that the compiler reports (sm_90)."""
 
 INSTRUCTION_BUDGET = {
-    ("sums", 1): 17.0,
-    ("sums", 2): 19.0,
-    ("sums", 3): 22.5,
-    ("sums", 4): 23.5,
-    ("adjoints", 1): 35.5,
-    ("adjoints", 2): 49.5,
-    ("adjoints", 3): 70.0,
-    ("adjoints", 4): 91.0,
-    ("forward", 1): 25.5,
-    ("forward", 2): 36.0,
-    ("forward", 3): 46.0,
-    ("forward", 4): 56.0,
-    ("backward", 1): 68.0,
-    ("backward", 2): 95.0,
-    ("backward", 3): 127.0,
-    ("backward", 4): 173.0,
+    ("sums", "PC"): {1: 17.0, 2: 19.0, 3: 22.5, 4: 23.5},
+    ("adjoints", "PC"): {1: 35.5, 2: 49.5, 3: 70.0, 4: 91.0},
+    ("forward", "PC"): {1: 25.5, 2: 36.0, 3: 46.0, 4: 56.0},
+    ("backward", "PC"): {1: 68.0, 2: 95.0, 3: 127.0, 4: 173.0},
+    ("adjoints", "BTP"): {},
+    ("forward", "BTP"): {},
+    ("backward", "BTP"): {},
 }
-"""Instructions per token and channel that a tile's fast path may take, by kernel and P (any type, sm_80 and sm_90); see
-`benchmarks/static_report.py --check`. "sums" and "adjoints" are the first walks where T is divided."""
+"""Instructions per token and channel that a tile's fast path may take, by kernel, shape of the weights and P (any type,
+sm_80 and sm_90); see `benchmarks/static_report.py --check`. "sums" and "adjoints" are the first walks where T is
+divided."""
 
 _pinned: list[Config] = []
 
