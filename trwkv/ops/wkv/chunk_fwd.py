@@ -223,8 +223,9 @@ def fast_tile(
     next_v_rows = ()
     for j in tl.static_range(BLOCK_T):
         if OUTPUT == "y" and j % AT_ONCE == 0:
-            N: tl.constexpr = min(AT_ONCE, BLOCK_T - j)
-            token_w += weights_of_tokens(weights, of_channels, row + j * STEP, P, N, STEP, WEIGHTS, GROUPS)
+            token_w += weights_of_tokens(
+                weights, of_channels, row + j * STEP, P, min(AT_ONCE, BLOCK_T - j), STEP, WEIGHTS, GROUPS
+            )
         e = e_rows[j]
         ev = e * widen(v_rows[j], PAIRED)
         next_v_rows += load_rows(
