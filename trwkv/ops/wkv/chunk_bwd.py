@@ -102,7 +102,7 @@ def wkv_chunk_bwd_kernel(
     lane = tl.arange(0, BLOCK_C)
     c0 = i_c * BLOCK_C
     c = c0 + lane
-    i_s, i_n, first, length, row0, begin, end = locate_chunk(
+    i_s, _i_n, first, length, row0, begin, end = locate_chunk(
         cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE, REVERSE
     )
     if VARLEN:
@@ -185,5 +185,5 @@ def wkv_chunk_bwd_kernel(
         tl.debug_barrier()
 
     O = exponents(O, is_joint, P)
-    if i_n == 0:
+    if begin == 0:
         store_triple(p_adjoint, c, a, b, O, C, P, BLOCK_C)

@@ -106,7 +106,10 @@ def fast_tile_bwd(
     WIDTH: tl.constexpr = P * C if WEIGHTS == "none" else C // GROUPS
     # All at once: after the store of a gradient the compiler moves no load before it.
     grad_rows = load_grad_rows(grad_output + row * WIDTH, c, C, P, BLOCK_C, BLOCK_T, STEP * WIDTH, WEIGHTS)
-    token_w = weights_of_tokens(weights, of_channels, row, P, BLOCK_T, STEP, WEIGHTS, GROUPS)
+    # Weights likewise, of as many tokens as there are registers for; the last token's first.
+    AHEAD: tl.constexpr = BLOCK_T if P * BLOCK_C <= 128 else 1
+    last_row = row + (BLOCK_T - 1) * STEP
+    token_w = weights_of_tokens(weights, of_channels, last_row, P, AHEAD, -STEP, WEIGHTS, GROUPS)
     p_grad_k = grad_k + row * C
     p_grad_v = grad_v + row * C
     A_rows = A  # entry j * P + p: before token j
@@ -147,7 +150,9 @@ def fast_tile_bwd(
         e = e_rows[j]
         j_v = widen(v_rows[j], PAIRED)
         ev = e * j_v
-        grad_y, g = grad_of_y(grad_rows, j, of_token(token_w, j, P), P, BLOCK_C, WEIGHTS)
+        if j >= AHEAD:
+            token_w += token_weights(weights, of_channels, row + (j - AHEAD) * STEP, P, WEIGHTS, GROUPS)
+        grad_y, g = grad_of_y(grad_rows, j, of_token(token_w, BLOCK_T - 1 - j, P), P, BLOCK_C, WEIGHTS)
         y = ()
         a_next = ()
         b_next = ()
