@@ -49,12 +49,12 @@ def scan(launch: Launch) -> float:
     return cycles(longest.trace, 1, LOAD) / chunk.SCAN_AHEAD
 
 
-def kernels(P: int, dtype: torch.dtype) -> dict[str, Kernels]:
-    """Compiled for sm_90: shared k and v, weights [P, C], as in training."""
+def kernels(P: int, dtype: torch.dtype, weights: str) -> dict[str, Kernels]:
+    """Compiled for sm_90: shared k and v, weights [P, C] or [B, T, P], as in training."""
     config, size = config_for(P), dtype.itemsize
     w, k = torch.empty(P, 2048), torch.empty(1, 8192, 2048, dtype=dtype)
     with record_launches() as launches:
-        common = (w, w, k, k, w, None, None, False)
+        common = (w, w, k, k, torch.empty(1, 8192, P) if weights == "BTP" else w, None, None, False)
         output, _, saved = chunk.chunk_forward(*common, save=True)
         n = len(launches)
         chunk.chunk_backward(output, None, *common, saved)
@@ -68,14 +68,14 @@ def kernels(P: int, dtype: torch.dtype) -> dict[str, Kernels]:
         name: Kernels(
             walk(first, *blocks[name]), scan(between), walk(last, *blocks[name]), traffic[name]
         )
-        for name, (first, between, last) in (("forward", launches[:n]), ("backward", launches[n:]))
+        for name, (first, between, last) in (("forward", launches[:n]), ("backward", launches[n : n + 3]))
     }  # fmt: skip
 
 
-def plans(P: int, dtype: torch.dtype) -> list[list[object]]:
+def plans(P: int, dtype: torch.dtype, weights: str = "PC") -> list[list[object]]:
     """A row for each shape and kernel."""
     config, rows = config_for(P), []
-    for name, found in kernels(P, dtype).items():
+    for name, found in kernels(P, dtype, weights).items():
         for B, T, C in SHAPES:
             columns = B * math.ceil(C / found.results.channels)
             shipped = chunk_length(config, name, T, columns, SMS)
@@ -96,9 +96,16 @@ def main() -> None:
     )
     parser.add_argument("--perspectives", default="1,2,3,4", help="comma-separated (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument(
+        "--weights", choices=("PC", "BTP"), default="PC", help="their shape (default: %(default)s)"
+    )
     options = parser.parse_args()
     header = ("kernel", "P", "B x T x C", "floor, us", "chunks", "us", "best: chunks", "us")
-    rows = [row for P in map(int, options.perspectives.split(",")) for row in plans(P, DTYPES[options.dtype])]
+    rows = [
+        row
+        for P in map(int, options.perspectives.split(","))
+        for row in plans(P, DTYPES[options.dtype], options.weights)
+    ]
     print(format_table(header, rows))
 
 
