@@ -207,8 +207,9 @@ def fast_tile(
     """
     W, U, tile_W, tile_W_low, _, _ = fast
     of_channels = channel_weights(weights, c, C, P, BLOCK_C, WEIGHTS)
-    AT_ONCE: tl.constexpr = min(BLOCK_T, 64 // P)  # tokens whose weights are loaded together, into registers
-    token_w = ()
+    # Weights before the stores of tokens before, of as many tokens as there are registers for.
+    AHEAD: tl.constexpr = BLOCK_T if P <= 3 else min(4, BLOCK_T)
+    token_w = weights_of_tokens(weights, of_channels, row, P, AHEAD, STEP, WEIGHTS, GROUPS)
     so_far = sum_so_far(output, row, c, C, BLOCK_C, BLOCK_T, STEP, GROUPS, GROUP)
     top = O[0]
     joined = rest
@@ -222,10 +223,8 @@ def fast_tile(
     k_rows = load_rows(p_k, next_row, c_tile, missing, k_rows, C, BLOCK_C, BLOCK_T, STEP, PAIRED)
     next_v_rows = ()
     for j in tl.static_range(BLOCK_T):
-        if OUTPUT == "y" and j % AT_ONCE == 0:
-            token_w += weights_of_tokens(
-                weights, of_channels, row + j * STEP, P, min(AT_ONCE, BLOCK_T - j), STEP, WEIGHTS, GROUPS
-            )
+        if j + AHEAD < BLOCK_T:
+            token_w += token_weights(weights, of_channels, row + (j + AHEAD) * STEP, P, WEIGHTS, GROUPS)
         e = e_rows[j]
         ev = e * widen(v_rows[j], PAIRED)
         next_v_rows += load_rows(
