@@ -85,6 +85,13 @@ def test_packed_and_reversed() -> None:
     hold("agreement", "wkv/triton-chunk", dtype=torch.float16, weights="BTP", k_range=40.0, **PACKED)
 
 
+@pytest.mark.parametrize("P", [3, 4])
+def test_weights_of_tokens(P: int) -> None:
+    """Loaded for a tile at once (forward, P = 3), or some tokens ahead, where registers are short."""
+    blocks = BLOCKS | {"fwd_block_t": 8}
+    hold("agreement", "wkv/triton-chunk", blocks=blocks, B=1, P=P, C=64, weights="BTP", k_range=4.0)
+
+
 def test_own_keys() -> None:
     """A launch for each perspective adds to one sum. Some tokens vanish beside the initial state."""
     hold("agreement", "wkv/triton-chunk", P=3, shared=False, weights="BTP", k_range=100.0, **PACKED)
