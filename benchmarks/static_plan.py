@@ -58,6 +58,7 @@ def kernels(P: int, dtype: torch.dtype, weights: str) -> dict[str, Kernels]:
         output, _, saved = chunk.chunk_forward(*common, save=True)
         n = len(launches)
         chunk.chunk_backward(output, None, *common, saved)
+    launches = [launch for launch in launches if launch.name != "wkv_block_sums_kernel"]
     state = 12 * P / SEGMENT
     blocks = {
         "forward": (config.fwd_block_c, config.fwd_block_t),
@@ -68,7 +69,7 @@ def kernels(P: int, dtype: torch.dtype, weights: str) -> dict[str, Kernels]:
         name: Kernels(
             walk(first, *blocks[name]), scan(between), walk(last, *blocks[name]), traffic[name]
         )
-        for name, (first, between, last) in (("forward", launches[:n]), ("backward", launches[n : n + 3]))
+        for name, (first, between, last) in (("forward", launches[:n]), ("backward", launches[n:]))
     }  # fmt: skip
 
 

@@ -181,10 +181,13 @@ def main() -> None:
         help="exit code 1 on a spill, a narrow load, too much, long waits",
     )
     options = parser.parse_args()
+    kinds = options.weights.split(",")
+    if not set(kinds) <= {"PC", "BTP"}:
+        parser.error(f"--weights: expected some of PC, BTP; got {options.weights!r}")
     rows = []
     for P in map(int, options.perspectives.split(",")):
         for dtype in options.dtypes.split(","):
-            for weights in options.weights.split(",") if P > 1 else ["PC"]:
+            for weights in kinds if P > 1 else ["PC"]:  # with one perspective there is nothing to weigh
                 for name, launch in launches(P, DTYPES[dtype], weights).items():
                     for capability in map(int, options.capabilities.split(",")):
                         rows.append(row(name, launch, P, dtype, weights, capability))

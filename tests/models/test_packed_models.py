@@ -81,15 +81,16 @@ def test_no_token_at_all():
 
 def test_what_does_not_go_with_packed_sequences_is_refused():
     model, tokens = random_model(), random_tokens(1, 18)
-    with pytest.raises(ValueError, match="input_ids: expected one row with cu_seqlens; got 2"):
+    with pytest.raises(ValueError, match="input_ids, inputs_embeds: expected one row with cu_seqlens; got 2"):
         model(tokens.view(2, 9), cu_seqlens=torch.tensor([0, 9]))
     with pytest.raises(ValueError, match="attention_mask: expected None with cu_seqlens"):
         model(tokens, attention_mask=torch.ones_like(tokens), cu_seqlens=BOUNDS)
     for options in ({"cache": TemporalRwkvCache(2)}, {"use_cache": True}):
         with pytest.raises(ValueError, match="cache, use_cache: expected neither with cu_seqlens"):
             model(tokens, cu_seqlens=BOUNDS, **options)
-    with pytest.raises(ValueError, match="cache, use_cache: expected neither with cu_seqlens"):
-        model.generate(tokens, cu_seqlens=BOUNDS, max_new_tokens=1, pad_token_id=0)
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match="cu_seqlens: expected None in generation"):
+            model.generate(tokens, cu_seqlens=BOUNDS, use_cache=use_cache, max_new_tokens=2, pad_token_id=0)
 
 
 @pytest.mark.parametrize(

@@ -98,3 +98,11 @@ def test_what_does_not_fit_is_refused(name):
         layer(x, shift_state=x.new_zeros(2, *x.shape[2:]))
     with pytest.raises(ValueError, match=r"mask: expected shape \[B, T\] = \[1, 9\]; got \[1, 8\]"):
         layer(x, mask=torch.ones(1, T - 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_without_values(name):
+    """Where there are none to look at."""
+    layer, x = layer_and_input(name, "torch")
+    output = layer.to("meta")(x.to("meta"), cu_seqlens=bounds().to("meta"), output_state=True)
+    assert output.output.shape == x.shape and output.shift_state.shape == (N, *x.shape[2:])

@@ -59,8 +59,10 @@ class TemporalRwkvGenerationMixin(GenerationMixin):
         """Hugging Face's own, which forgets to ask whether there is a new token at all.
 
         Raises:
-            ValueError: no token beyond those the cache has seen.
+            ValueError: no token beyond those the cache has seen; packed sequences.
         """
+        if kwargs.get("cu_seqlens") is not None:
+            raise ValueError("cu_seqlens: expected None in generation, which goes on with one sequence a row")
         n_new, position = kwargs.get("next_sequence_length"), kwargs.get("cache_position")
         if (n_new is not None and n_new < 1) or (position is not None and len(position) == 0):
             raise ValueError(

@@ -15,7 +15,7 @@ def check_packed(
 ) -> None:
     """Raise ValueError for what `cu_seqlens` does not go with: several rows, a mask, a cache."""
     if batch_size != 1:
-        raise ValueError(f"input_ids: expected one row with cu_seqlens; got {batch_size}")
+        raise ValueError(f"input_ids, inputs_embeds: expected one row with cu_seqlens; got {batch_size}")
     if attention_mask is not None:
         raise ValueError(
             "attention_mask: expected None with cu_seqlens, which leave no place without a token"

@@ -43,8 +43,7 @@ def check_input(
 ) -> None:
     """Raise ValueError (TypeError for a wrong cu_seqlens) unless a layer's arguments fit each other.
 
-    x is [B, T, C], or [B, T, P, C] with `n_streams` = P. The values of cu_seqlens are checked where they may be looked
-    at: not in torch.compile, nor while a CUDA graph is captured.
+    x is [B, T, C], or [B, T, P, C] with `n_streams` = P. The values of cu_seqlens are for `check_bounds`.
     """
     axes, names = ((channels,), "C") if n_streams is None else ((n_streams, channels), "P, C")
     if x.ndim != 2 + len(axes) or x.shape[2:] != axes:
@@ -57,11 +56,18 @@ def check_input(
         require_cu_seqlens(cu_seqlens, x.device)
         if B != 1:
             raise ValueError(f"x: expected B = 1 with cu_seqlens; got shape {list(x.shape)}")
-        is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not torch.compiler.is_compiling() and not is_capturing:
-            sequence_bounds(cu_seqlens, T)
     if mask is not None:
         require_shape("mask", mask, "[B, T]", (B, T))
     if shift_state is not None:
-        letter, n_sequences = ("B", B) if cu_seqlens is None else ("N", len(cu_seqlens) - 1)
+        letter, n_sequences = ("B", B) if cu_seqlens is None else ("N", cu_seqlens.shape[0] - 1)
         require_shape("shift_state", shift_state, f"[{letter}, {names}]", (n_sequences, *axes))
+
+
+def check_bounds(cu_seqlens: Tensor, T: int) -> None:
+    """Raise ValueError unless the values rise from 0 to T, for a layer without an op that does.
+
+    Where there are values to look at: not in tracing, nor while a CUDA graph is captured.
+    """
+    is_traced = torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or cu_seqlens.is_meta
+    if not is_traced and not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        sequence_bounds(cu_seqlens, T)

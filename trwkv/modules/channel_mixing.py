@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trwkv.modules.arguments import check_input, check_whole_number, chosen_vectors
+from trwkv.modules.arguments import check_bounds, check_input, check_whole_number, chosen_vectors
 from trwkv.modules.linear import RwkvLinear
 from trwkv.modules.time_mixing import perspective_rows, vector_shape
 from trwkv.modules.token_shift import absent, last_token, shift_and_mix
@@ -113,6 +113,8 @@ class ChannelMixing(nn.Module):
         is_streams = self.n_perspectives > 1 and len(self.perspective_vectors) > 0
         n_streams = self.n_perspectives if is_streams else x.shape[2] if x.ndim == 4 else None
         check_input(x, self.hidden_size, n_streams, mask=mask, shift_state=shift_state, cu_seqlens=cu_seqlens)
+        if cu_seqlens is not None:
+            check_bounds(cu_seqlens, x.shape[1])
         if mask is not None:
             x = x.masked_fill(absent(mask, x.ndim), 0)
         mixes = self.time_mix_k, self.time_mix_r

@@ -33,7 +33,8 @@ def token_shift(x: Tensor, previous: Tensor | None = None, cu_seqlens: Tensor | 
 
 def packed_places(cu_seqlens: Tensor, n_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of each token [T] of a packed row: the number of its sequence, and whether it is the first one there."""
-    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    # From a GPU the values would not have arrived when they are read here, unless waited for.
+    cu_seqlens = cu_seqlens.to(device, non_blocking=cu_seqlens.device.type == "cpu").contiguous()
     t = torch.arange(n_tokens, dtype=cu_seqlens.dtype, device=device)
     sequence = torch.searchsorted(cu_seqlens, t, right=True) - 1
     return sequence, t == cu_seqlens[sequence]
