@@ -47,20 +47,34 @@ def test_decoding_is_one_graph_for_all_steps(kind, static):
         assert [x.data_ptr() for layer in cache.layers for x in layer.states().values()] == addresses
 
 
-def test_training_with_padding_is_one_graph():
-    model, tokens, backend = random_model().train(), random_tokens(2, 9), CountingBackend()
-    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+def assert_one_training_graph(steps):
+    """Compiled, the gradients of these steps, arguments of the model each, are as without, all by one graph."""
+    model, backend = random_model().train(), CountingBackend()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    for step in range(2):
-        labels = tokens.masked_fill(mask == 0, -100)
+    for arguments in steps:
         gradients = []
         for run in (model, compiled):
             model.zero_grad()
-            run(tokens, attention_mask=mask, labels=labels).loss.backward()
+            run(**arguments).loss.backward()
             gradients.append([parameter.grad for parameter in model.parameters()])
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
-        tokens, mask = random_tokens(2, 9, seed=step), mask.flip(0)
     assert backend.graphs == 1
+
+
+def test_training_with_padding_is_one_graph():
+    mask, steps = torch.tensor([[1] * 9, [1] * 5 + [0] * 4]), []
+    for tokens, here in ((random_tokens(2, 9), mask), (random_tokens(2, 9, seed=0), mask.flip(0))):
+        labels = tokens.masked_fill(here == 0, -100)
+        steps.append({"input_ids": tokens, "attention_mask": here, "labels": labels})
+    assert_one_training_graph(steps)
+
+
+def test_training_on_packed_sequences_is_one_graph():
+    tokens = random_tokens(1, 18)
+    assert_one_training_graph(
+        {"input_ids": tokens, "labels": tokens, "cu_seqlens": torch.tensor(bounds)}
+        for bounds in ([0, 5, 5, 6, 13, 14, 18, 18], [0, 0, 4, 5, 12, 13, 13, 18])
+    )
 
 
 def test_generate_compiles_the_step_on_a_static_cache():

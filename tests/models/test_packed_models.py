@@ -57,22 +57,6 @@ def test_loss_and_gradients_are_those_of_the_sequences(kind, checkpointing):
     torch.testing.assert_close(*gradients)
 
 
-def test_training_on_other_bounds_is_the_same_graph():
-    model, tokens, graphs = random_model().train(), random_tokens(1, 18), []
-    torch.compiler.reset()
-    compiled = torch.compile(
-        model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True
-    )
-    for bounds in (BOUNDS, BOUNDS.flip(0).neg() + 18):
-        gradients = []
-        for run in (model, compiled):
-            model.zero_grad()
-            run(tokens, labels=tokens, cu_seqlens=bounds).loss.backward()
-            gradients.append([parameter.grad for parameter in model.parameters()])
-        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
-    assert len(graphs) == 1
-
-
 @torch.no_grad()
 def test_no_token_at_all():
     packed = random_model()(random_tokens(1, 0), cu_seqlens=torch.tensor([0, 0, 0]))
