@@ -17,10 +17,10 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 
-from static_report import DTYPES, LOAD
+from static_report import DTYPES, LOAD, training_step
 from static_sass import FastPath, fast_paths, machine_code
 from static_schedule import COPY, SMS, Kernels, Walk, cycles
-from trwkv.ops._compile import Launch, record_launches, resources
+from trwkv.ops._compile import Launch, resources
 from trwkv.ops._tuning import SEGMENT, chunk_length, config_for
 from trwkv.ops.wkv import chunk
 from trwkv.report import format_table
@@ -52,13 +52,7 @@ def scan(launch: Launch) -> float:
 def kernels(P: int, dtype: torch.dtype, weights: str) -> dict[str, Kernels]:
     """Compiled for sm_90: shared k and v, weights [P, C] or [B, T, P], as in training."""
     config, size = config_for(P), dtype.itemsize
-    w, k = torch.empty(P, 2048), torch.empty(1, 8192, 2048, dtype=dtype)
-    with record_launches() as launches:
-        common = (w, w, k, k, torch.empty(1, 8192, P) if weights == "BTP" else w, None, None, False)
-        output, _, saved = chunk.chunk_forward(*common, save=True)
-        n = len(launches)
-        chunk.chunk_backward(output, None, *common, saved)
-    launches = [launch for launch in launches if launch.name != "wkv_block_sums_kernel"]
+    forward, backward = training_step(P, dtype, (1, 8192, 2048), weights)
     state = 12 * P / SEGMENT
     blocks = {
         "forward": (config.fwd_block_c, config.fwd_block_t),
@@ -69,7 +63,7 @@ def kernels(P: int, dtype: torch.dtype, weights: str) -> dict[str, Kernels]:
         name: Kernels(
             walk(first, *blocks[name]), scan(between), walk(last, *blocks[name]), traffic[name]
         )
-        for name, (first, between, last) in (("forward", launches[:n]), ("backward", launches[n:]))
+        for name, (first, between, last) in (("forward", forward), ("backward", backward))
     }  # fmt: skip
 
 

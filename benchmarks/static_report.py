@@ -40,10 +40,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def training_step(
-    P: int, dtype: torch.dtype, B: int, T: int, weights: str
+    P: int, dtype: torch.dtype, shape: tuple[int, int, int], weights: str
 ) -> tuple[list[Launch], list[Launch]]:
-    """Launches of forward and backward, shared k and v, weights [P, C] or [B, T, P]."""
-    w, k = torch.empty(P, C), torch.empty(B, T, C, dtype=dtype)
+    """Launches of forward and backward but for the sum of shares, shared k and v, weights [P, C] or [B, T, P]."""
+    B, T, C = shape
+    w, k = torch.empty(P, C), torch.empty(shape, dtype=dtype)
     common = (w, w, k, k, torch.empty(B, T, P) if weights == "BTP" else w, None, None, False)
     with record_launches() as forward:
         output, _, saved = chunk.chunk_forward(*common, save=True)
@@ -55,10 +56,9 @@ def training_step(
 
 def launches(P: int, dtype: torch.dtype, weights: str = "PC") -> dict[str, Launch]:
     """A training step's walks over tiles: "forward" and "backward", and the first ones where T is divided."""
-    first_forward, first_backward = training_step(P, dtype, 1, 8192, weights)
-    forward, backward = training_step(
-        P, dtype, 64, 2048, weights
-    )  # that fills the machine: one chunk per row
+    first_forward, first_backward = training_step(P, dtype, (1, 8192, C), weights)
+    # Enough to fill the machine: one chunk per row.
+    forward, backward = training_step(P, dtype, (64, 2048, C), weights)
     found = {
         "sums": first_forward[0], "adjoints": first_backward[0],
         "forward": forward[-1], "backward": backward[-1],
