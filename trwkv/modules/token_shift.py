@@ -37,12 +37,12 @@ def last_token(x: Tensor, previous: Tensor | None, cu_seqlens: Tensor | None) ->
 
     With cu_seqlens that of each packed sequence, [N, ...].
     """
+    if cu_seqlens is None and x.shape[1] > 0:
+        return x[:, -1].clone()  # a view would keep the whole sequence alive
     n_sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     without = x.new_zeros(n_sequences, *x.shape[2:]) if previous is None else previous
-    if x.shape[1] == 0:
+    if cu_seqlens is None or x.shape[1] == 0:
         return without
-    if cu_seqlens is None:
-        return x[:, -1].clone()  # a view would keep the whole sequence alive
     ends = cu_seqlens.to(x.device, non_blocking=True).long()
     is_empty = (ends[1:] == ends[:-1]).view(-1, *[1] * (x.ndim - 2))
     return torch.where(is_empty, without.to(x.dtype), x[0, (ends[1:] - 1).clamp(0, x.shape[1] - 1)])
