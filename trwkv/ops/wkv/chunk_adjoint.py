@@ -68,10 +68,10 @@ def wkv_chunk_adjoint_kernel(
     c0 = (tl.program_id(0) % n_blocks) * BLOCK_C
     index = tl.program_id(0) // n_blocks
     c = c0 + tl.arange(0, BLOCK_C)
-    i_s, i_n, first, length, row0, begin, end = locate_chunk(
+    i_s, first, length, row0, begin, end = locate_chunk(
         cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, False, REVERSE
     )
-    if (i_n == 0) | (begin >= length):  # the first chunk's is found with its gradients; or no chunk at all
+    if (begin == 0) | (begin >= length):  # the first chunk's is found with its gradients; or no chunk at all
         return
     p_states = states + first_slot(i_s, first, SEGMENT, slots, VARLEN, 2) * (3 * P * C)
     p_begin = p_states + (begin // SEGMENT).to(tl.int64) * (3 * P * C)

@@ -102,7 +102,7 @@ def wkv_chunk_bwd_kernel(
     lane = tl.arange(0, BLOCK_C)
     c0 = i_c * BLOCK_C
     c = c0 + lane
-    i_s, _i_n, first, length, row0, begin, end = locate_chunk(
+    i_s, first, length, row0, begin, end = locate_chunk(
         cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE, REVERSE
     )
     if VARLEN:

@@ -103,7 +103,7 @@ def wkv_chunk_fwd_kernel(
     sums = (output, partial)
     c = c0 + tl.arange(0, BLOCK_C)
     index = tl.program_id(0) // n_blocks
-    i_s, _i_n, first, length, row0, begin, end = locate_chunk(
+    i_s, first, length, row0, begin, end = locate_chunk(
         cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, SINGLE, REVERSE
     )
     if VARLEN:
@@ -293,9 +293,7 @@ def exact_tile(
             store_token_state(output[0], plane, i_row, c, A, B, O, C, P, BLOCK_C)
         e, exponent = split_k(load_row(k + i_row * C, c, C, BLOCK_C, 0.0).to(tl.float32))
         i_v = load_row(v + i_row * C, c, C, BLOCK_C, 0.0).to(tl.float32)
-        i_w = of_channels
-        if OUTPUT == "y":
-            i_w = token_weights(weights, of_channels, i_row, P, WEIGHTS, GROUPS)
+        i_w = token_weights(weights, of_channels, i_row, P, WEIGHTS, GROUPS)
         y = ()
         A_next = ()
         B_next = ()

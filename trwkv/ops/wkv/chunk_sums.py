@@ -68,7 +68,7 @@ def wkv_chunk_sums_kernel(
     c0 = (tl.program_id(0) % n_blocks) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     index = tl.program_id(0) // n_blocks
-    _, _, _, length, row0, begin, end = locate_chunk(
+    _, _, length, row0, begin, end = locate_chunk(
         cu_seqlens, index, T, chunk_len, n_chunks, n_sequences, VARLEN, False, REVERSE
     )
     if end == length:  # what the last chunk adds nobody needs; or no chunk at all

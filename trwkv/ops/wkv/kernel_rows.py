@@ -38,8 +38,8 @@ def locate_chunk(
     cu_seqlens, index, T, chunk_len, n_chunks, n_sequences,
     VARLEN: tl.constexpr, SINGLE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Of the index-th program along T: sequence (int64), chunk within it, the sequence's first row and its tokens; the
-    row of the first token in running order, and which tokens the chunk has: from begin to end - 1.
+    """Of the index-th program along T: sequence (int64), its first row and its tokens; the row of the first token in
+    running order, and which tokens the chunk has: from begin to end - 1.
     """
     if SINGLE:
         i_s = index.to(tl.int64)
@@ -55,7 +55,7 @@ def locate_chunk(
         i_n = index % n_chunks
     begin = i_n * chunk_len
     end = tl.minimum(begin + chunk_len, length)
-    return i_s, i_n, first, length, first_row(first, length, REVERSE), begin, end
+    return i_s, first, length, first_row(first, length, REVERSE), begin, end
 
 
 @triton.jit
